@@ -23,7 +23,7 @@ from ..pipeline.run import cache_folder, run
 from ..storage import Storage
 from .rungs import Verdict, judge
 from .space import Optuna, Point, Space, at, fix, grid, load_space, random
-from .trial import group_of, read_record, trial
+from .trial import group_of, read_record, stop_order, trial
 
 Say = Callable[[str], None]
 STATE = "sweep.json"
@@ -186,8 +186,9 @@ def _run_trials(sweep: Sweep, say: Say) -> None:
     limit = sweep.space.concurrency if isinstance(sweep.space.concurrency, int) else None
     # A trial of one worker holds its resources itself, and the next waits in line for a warm process. A larger group's workers
     # are placed all together or not at all, and no more trials start than the cluster holds groups: none can wait for another.
+    # The trial itself then stays on the head and takes nothing there: a sliver of a one-CPU node would keep a worker out.
     in_place = group.min_workers == 1
-    bundle = cluster.bundle(group) if in_place else {"CPU": 0.001}
+    bundle = cluster.bundle(group) if in_place else {"node:__internal_head__": 0.001}
     selector = {"bundle_label_selector": [dict(group.label_selector)]} if in_place and group.label_selector else {}
     order, stop = _tune_parts(sweep, group.min_workers, min(slots, limit or slots), say)
     tuner = ray_tune.Tuner(
@@ -228,6 +229,7 @@ def _tune_parts(sweep: Sweep, workers: int, slots: int, say: Say) -> tuple[Any, 
             if (unit := next(free, None)) is None:
                 return None if busy else self.FINISHED
             running[trial_id] = unit
+            sweep.run.delete(stop_order(unit.id))
             spec = {"config": unit.config.model_dump(mode="json"), "stages": list(sweep.space.stages), "rungs": list(sweep.rungs)}
             return {**spec, "id": unit.id, "workers": workers, "run": sweep.run.uri, "asked": time.time()}
 
@@ -236,8 +238,8 @@ def _tune_parts(sweep: Sweep, workers: int, slots: int, say: Say) -> tuple[Any, 
             unit, ended = running.pop(trial_id), ended + 1
             deaths[unit.id] = deaths.get(unit.id, 0) + error
             if not error:
-                for stage in sweep.space.stages:
-                    sweep.run.delete(f"trials/{unit.id}/{stage}")
+                for name in (*(f"trials/{unit.id}/{s}" for s in sweep.space.stages), stop_order(unit.id)):
+                    sweep.run.delete(name)
 
         def save(self, checkpoint_path: str) -> None:
             """Nothing: the records are the sweep's memory."""
@@ -252,7 +254,12 @@ def _tune_parts(sweep: Sweep, workers: int, slots: int, say: Say) -> tuple[Any, 
                 told = time.monotonic()
                 line, a_trial = progress(sweep, min(slots, len(running))), (told - began) / max(1, ended)
                 say(f"{line}; about {a_trial * (len(todo) + sweep.samples - len(sweep.points)):.0f} s left")
-            return self.CONTINUE if unit.id in {u.id for u in todo} else self.STOP
+            if unit.id in {u.id for u in todo}:
+                return self.CONTINUE
+            if workers == 1:
+                return self.STOP
+            sweep.run.write(stop_order(unit.id), b"")
+            return self.CONTINUE
 
     return Order(), Stop()
 

@@ -28,6 +28,16 @@ from .space import MEASURED
 
 Report = Callable[[dict[str, Any]], None]
 free_since = 0.0  # when this process ended its last trial
+LOOK = 2.0  # seconds between a group's looks for an order to stop
+
+
+def stop_order(trial: str) -> str:
+    """The file that asks a trial of several workers to end by itself.
+
+    Were it killed, as Tune ends the trial of a single worker, its workers' placement group would keep their resources: Ray
+    frees it when the whole job ends, or by way of the dashboard, which not every cluster has.
+    """
+    return f"trials/{trial}/stop"
 
 
 def trial(spec: dict[str, Any]) -> None:
@@ -88,6 +98,15 @@ def train(spec: dict[str, Any], device: Any, report: Report) -> None:
     import torch.distributed as dist
 
     config, run = Config.model_validate(spec["config"]), Storage(spec["run"])
+    looked = time.monotonic()
+
+    def ordered() -> bool:
+        nonlocal looked
+        if spec["workers"] == 1 or time.monotonic() - looked < LOOK:
+            return False
+        looked = time.monotonic()
+        return run.exists(stop_order(spec["id"]))
+
     torch.set_num_threads(max(1, int(group_of(config, spec["stages"]).cpus_per_worker)))
     record = read_record(run, spec["id"]) or {"rungs": {}, "clock": []}
     clock = {"asked": max(spec["asked"], free_since)}
@@ -105,7 +124,10 @@ def train(spec: dict[str, Any], device: Any, report: Report) -> None:
                 for stage in stages:
                     for other in stages:  # of two stages, the one whose turn it is not leaves the memory
                         other.unload(unless=stage)
-                    values |= stage.until(share, clock)
+                    measured = stage.until(share, clock, ordered)
+                    if measured is None:
+                        return
+                    values |= measured
                 record["rungs"][str(share)] = values
                 record["clock"].append({**clock, "ended": time.time()})
                 tell({"rung": share, **values})
@@ -147,14 +169,18 @@ class Training:
             self.loaded = None
             gc.collect()
 
-    def until(self, share: float, clock: dict[str, float]) -> dict[str, float]:
-        """Train to a share of the steps, and measure the held-out pairs; ``clock`` is told of the trial's first step."""
+    def until(self, share: float, clock: dict[str, float], should_stop: Callable[[], bool]) -> dict[str, float] | None:
+        """Train to a share of the steps, and measure the held-out pairs; ``clock`` is told of the trial's first step.
+
+        None where it was told to stop before.
+        """
         from ..training.loop import fit, validate
         from ..training.window import means
 
         self.loaded = self.loaded or self.build()
         _, engine, step = self.loaded
-        fit(
+        last = max(1, round(share * self.total))
+        result = fit(
             engine=engine,
             step=step,
             table=self.table,
@@ -166,7 +192,10 @@ class Training:
             logging=self.config.logging,
             dtype=self.config.model.dtype,
             phase=lambda _, name: clock.update(stepped=clock.get("stepped", time.time())) if name == "train" else None,
-            until=max(1, round(share * self.total)),
+            should_stop=should_stop,
+            until=last,
         )
+        if result.step < last:
+            return None
         values = means(validate(engine, step, self.held_out, self.optim))
         return {f"{self.stage}.{name}": values[name] for name in MEASURED}
