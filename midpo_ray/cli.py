@@ -98,6 +98,26 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--show", type=int, default=2, metavar="N", help="pairs printed token by token")
     inspect.set_defaults(command=_inspect)
 
+    evaluate = commands.add_parser("evaluate", help="models answer prompt sets, judges read the answers: a table and a report")
+    evaluate.add_argument("what", nargs="+", help="a run directory, RUN:safety, RUN:helpfulness, RUN:base, an adapter, a model")
+    evaluate.add_argument("--sets", nargs="+", required=True, metavar="SET", help="xstest, harmbench, ..., or files of prompts")
+    evaluate.add_argument("--against", metavar="WHAT", help="win rates against this one; base: what the first WHAT stands on")
+    judges = "reward=MODEL, cost=MODEL, module:function, FILE.yaml of an endpoint; phrases, of refusals, is always there"
+    evaluate.add_argument("--judges", nargs="+", default=[], metavar="JUDGE", help=judges)
+    evaluate.add_argument("--out", metavar="DIR", help="of the report (default reports/WHAT-SETS)")
+    evaluate.add_argument("--cache", metavar="DIR", default="runs/cache", help="where answers and verdicts are kept")
+    evaluate.add_argument("--address", help="as for run")
+    evaluate.add_argument("--workers", type=int, metavar="N", help="actors (default: all GPUs or CPUs); 0: here, without Ray")
+    evaluate.add_argument("--prompts", type=int, metavar="N", help="at most so many of each set, drawn by content")
+    evaluate.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    evaluate.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    evaluate.add_argument("--top-p", type=float, default=1.0)
+    evaluate.add_argument("--seeds", type=int, default=1, metavar="K", help="answers to each prompt")
+    evaluate.add_argument("--batch", type=int, default=16, metavar="N", help="prompts generated at once")
+    evaluate.add_argument("--template", default="auto", help="of adapters and models; a run has its own")
+    evaluate.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of adapters and models")
+    evaluate.set_defaults(command=_evaluate)
+
     generate = commands.add_parser("generate", help="an answer of the aligned model, and the gates that made it")
     generate.add_argument("run_dir")
     generate.add_argument("--prompt", required=True)
@@ -202,6 +222,23 @@ def _inspect(arguments: argparse.Namespace) -> None:
         tokenization = Tokenization(tokenizer, data)
     stage = arguments.rule if arguments.stage == "router" else arguments.stage
     print(describe(pairs, report, stage=stage, tokenization=tokenization, tokenizer=tokenizer, show=arguments.show))
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    import shlex
+
+    from .evaluation import evaluate as job
+
+    names = ("max_new_tokens", "temperature", "top_p", "batch")
+    options = job.Options(**{name: getattr(arguments, name) for name in names})
+    command = shlex.join(["midpo", *sys.argv[1:]])
+    more = {name: getattr(arguments, name) for name in ("against", "judges", "seeds", "template", "dtype")}
+    plan = job.make_plan(arguments.what, arguments.sets, options=options, limit=arguments.prompts, command=command, **more)
+    first = [Path(x).name.partition(".")[0].replace(":", "-") for x in (arguments.what[0], *arguments.sets)]
+    out = arguments.out or f"reports/{'-'.join(first)}"
+    answers = job.evaluate(plan, out, cache=arguments.cache, address=arguments.address, workers=arguments.workers)
+    print(job.render(answers))
+    print(f"report: {out}/report.html")
 
 
 def _generate(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,131 @@
+"""Work on rows that is done once: what the cache lacks is computed by Ray Data actors, each shard written whole or not at all.
+
+A killed run goes on from its shards; the folder's name stands for everything that the values depend on, a row's key for the row.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from ..config import digest
+from ..errors import UserError
+from ..pipeline.signals import read_table, write_table
+from ..storage import Storage
+
+Row = dict[str, Any]  # holds its "key"
+Worker = Callable[[list[Row]], list[Row]]  # rows -> one JSON-able value each
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to do with rows: ``make(**options)`` loads whatever it needs and gives a Worker."""
+
+    name: str  # for people
+    make: Callable[..., Worker]
+    options: Mapping[str, Any]
+    batch: int  # rows of one call
+    heavy: bool = True  # a model: Ray actors, on GPUs where there are any; else it is done here
+
+
+def read(folder: Storage) -> dict[str, Any]:
+    """key -> value of all shards."""
+    known: dict[str, Any] = {}
+    for name in folder.names():
+        if name.startswith("part-") and name.endswith(".parquet"):
+            shard = read_table(folder, name)
+            known.update(zip(shard["key"].to_pylist(), map(json.loads, shard["value"].to_pylist()), strict=True))
+    return known
+
+
+def compute(
+    job: Job, rows: Sequence[Row], folder: Storage, *, address: str | None, workers: int | None, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """key -> value of all ``rows``; those that ``folder`` lacks are worked on in their order.
+
+    Args:
+        address: of the Ray cluster, as ``pipeline.cluster.connect`` takes it; nothing starts where nothing is to do.
+        workers: actors; None: a GPU's or a CPU's each (at most 8 on CPUs); 0: here, without Ray.
+    """
+    known = read(folder)
+    wanted = {r["key"]: r for r in rows if r["key"] not in known}
+    need = list(wanted.values())
+    done = len({r["key"] for r in rows}) - len(need)
+    say(f"{job.name}: {done} cached, {len(need)} to do")
+    if not need:
+        return known
+    calls = [json.dumps(need[start : start + job.batch]) for start in range(0, len(need), job.batch)]
+    if workers == 0 or not job.heavy:
+        work = Actor(job, folder.uri)
+        for call in calls:
+            work({"rows": [call]})
+    else:
+        _on_ray(job, calls, folder, address, workers, say)
+    return read(folder)
+
+
+def _on_ray(
+    job: Job, calls: list[str], folder: Storage, address: str | None, workers: int | None, say: Callable[[str], None]
+) -> None:
+    from ..pipeline import cluster
+
+    cluster.connect(address)
+    import ray
+
+    there = ray.cluster_resources()
+    gpus = int(there.get("GPU", 0))
+    room = gpus or min(8, int(there.get("CPU", 1)))
+    size = max(1, min(workers or room, room, len(calls)))
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    results = ray.data.from_items([{"rows": c} for c in calls], override_num_blocks=len(calls)).map_batches(
+        Actor,
+        fn_constructor_kwargs={"job": job, "folder": folder.uri},
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=size),
+        num_cpus=1,
+        num_gpus=1 if gpus else 0,
+    )
+    finished = 0
+    try:
+        for batch in results.iter_batches(batch_size=None):
+            finished += len(batch["done"])
+            if finished * 4 // len(calls) > (finished - len(batch["done"])) * 4 // len(calls):
+                say(f"{job.name}: {finished} of {len(calls)} batches on {size} worker(s)")
+    except ray.exceptions.RayError as error:
+        cause: BaseException | None = error
+        while cause is not None and type(cause) is not UserError:
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        raise cause or UserError(f"{job.name}: {str(error).strip().splitlines()[-1]}") from None
+
+
+class Actor:
+    """The Ray Data actor: a batch of rows in, a shard of values out."""
+
+    def __init__(self, job: Job, folder: str) -> None:
+        self.job, self.folder = job, Storage(folder)
+        self.work: Worker | None = None
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[int]]:
+        if self.work is None:  # here and not in __init__, so that a user's fault comes back as itself
+            if self.job.heavy:
+                import torch
+
+                torch.set_num_threads(1)
+                os.environ["OMP_NUM_THREADS"] = "1"
+            self.work = self.job.make(**self.job.options)
+        for call in batch["rows"]:
+            rows = json.loads(call)
+            values = self.work(rows)
+            keys = [r["key"] for r in rows]
+            table = pa.table({"key": keys, "value": [json.dumps(v) for v in values]})
+            write_table(self.folder, f"part-{digest(keys)}.parquet", table)
+        return {"done": [1] * len(batch["rows"])}
