@@ -5,17 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from midpo_ray.evaluation.figures import (
-    auroc,
-    bootstrap,
-    difference,
-    difference_over_seeds,
-    over_seeds,
-    prompt_values,
-    summarise,
-    win_rate,
-)
-from midpo_ray.tuning.rungs import interval
+from midpo_ray.evaluation.figures import auroc, bootstrap, difference, prompt_values, seed_means, summarise, win_rate
 
 
 def row(id, harmful=None, seed=0, model="m", set="s", **scores):
@@ -76,13 +66,10 @@ def test_win_rate_and_difference():
     assert cost == (1.0, 1.0, 1.0)
 
 
-def test_over_seeds():
-    rows = [row(i, False, seed=s, reward=float(s)) for i in range(4) for s in (1, 2, 3)]
-    mean, half = interval([1.0, 2.0, 3.0])
-    assert over_seeds(rows, "reward") == pytest.approx((mean, mean - half, mean + half))
-    shifted = [{**r, "reward": r["reward"] - 1} for r in rows]
-    assert difference_over_seeds(rows, shifted, "reward") == pytest.approx((1.0, 1.0, 1.0))
-    assert math.isnan(over_seeds(rows[:1], "reward")[1])
+def test_seed_means():
+    rows = [row(i, False, seed=s, reward=float(s + i)) for i in range(3) for s in (1, 2)]
+    assert seed_means(rows, "helpfulness") == {1: 2.0, 2: 3.0}
+    assert seed_means(rows, "safety") == {}
 
 
 def test_auroc():

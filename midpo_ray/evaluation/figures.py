@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..tuning.rungs import interval
-
 Row = Mapping[str, Any]
 Triple = tuple[float, float, float]  # value, low, high
 DRAWS = 2000
@@ -131,17 +129,6 @@ def _over_prompts(values: np.ndarray, owner: np.ndarray) -> Triple:
     return (float(each.mean()), *bootstrap(each))
 
 
-def over_seeds(rows: Iterable[Row], figure: str) -> Triple:
-    """Mean of the seeds' figures and its 95% t-interval; NaN bounds where there is one seed."""
-    return _t_interval(list(seed_means(rows, figure).values()))
-
-
-def difference_over_seeds(a: Iterable[Row], b: Iterable[Row], figure: str) -> Triple:
-    """Mean over seeds of a's figure less b's, paired by seed, and its 95% t-interval."""
-    mine, theirs = seed_means(a, figure), seed_means(b, figure)
-    return _t_interval([mine[s] - theirs[s] for s in mine if s in theirs])
-
-
 def seed_means(rows: Iterable[Row], figure: str) -> dict[Any, float]:
     """seed -> mean of the figure over the seed's prompts."""
     groups: dict[Any, list[Row]] = {}
@@ -149,14 +136,6 @@ def seed_means(rows: Iterable[Row], figure: str) -> dict[Any, float]:
         groups.setdefault(row["seed"], []).append(row)
     values = {seed: prompt_values(members, figure) for seed, members in groups.items()}
     return {seed: float(v.mean()) for seed, v in values.items() if len(v)}
-
-
-def _t_interval(values: Sequence[float]) -> Triple:
-    if not values:
-        return math.nan, math.nan, math.nan
-    mean, half = interval(values)
-    half = math.nan if half is None else half
-    return mean, mean - half, mean + half
 
 
 def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
