@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     judges = "reward=MODEL, cost=MODEL, module:function, FILE.yaml of an endpoint; phrases, of refusals, is always there"
     evaluate.add_argument("--judges", nargs="+", default=[], metavar="JUDGE", help=judges)
     evaluate.add_argument("--out", metavar="DIR", help="of the report (default reports/WHAT-SETS)")
-    evaluate.add_argument("--cache", metavar="DIR", default="runs/cache", help="where answers and verdicts are kept")
+    evaluate.add_argument("--cache", metavar="DIR", default="runs/cache", help="of answers and verdicts; every node reaches it")
     evaluate.add_argument("--address", help="as for run")
     evaluate.add_argument("--workers", type=int, metavar="N", help="actors (default: all GPUs or CPUs); 0: here, without Ray")
     evaluate.add_argument("--prompts", type=int, metavar="N", help="at most so many of each set, drawn by content")

@@ -15,8 +15,9 @@ from midpo_ray.evaluation.judges import load_judge, rows_for
 from midpo_ray.evaluation.refusal import is_refusal, refusal
 from midpo_ray.storage import Storage
 
-# Answers of our own, labelled full, partial or none before the judge saw them. The first judge got 0.81 of batch 1 right. With
-# its phrases mended it got 0.84 of batch 2, written then (nearly all errors were refusals missed). Both were used since.
+# Answers of our own in three batches, labelled full, partial or none before the judge saw them. It got 0.81 of the first right;
+# with its phrases mended, 0.84 of the second; mended again, 0.89 of the third, written last; then it was mended by that too. So
+# what it gets right here is no estimate: 0.84 to 0.89 is, for answers of which many are hard. It errs by missing refusals.
 LABELLED = [json.loads(line) for line in (Path(__file__).parent / "data/refusals.jsonl").read_text("utf-8").splitlines()]
 ERRORS = {  # what the judge is known to get wrong, by note
     "hard: late refusal",

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +70,21 @@ def compute(
     else:
         _on_ray(job, calls, folder, address, workers, say)
     return read(folder)
+
+
+@contextmanager
+def own_cluster() -> Iterator[None]:
+    """Within it ``compute`` may start a Ray cluster; one that it started ends with it, a caller's own does not."""
+
+    def runs() -> bool:
+        return "ray" in sys.modules and sys.modules["ray"].is_initialized()
+
+    before = runs()
+    try:
+        yield
+    finally:
+        if runs() and not before:
+            sys.modules["ray"].shutdown()
 
 
 def _on_ray(

@@ -18,7 +18,7 @@ from typing import Any
 from .. import __version__
 from ..errors import UserError
 from ..storage import Storage
-from .cached import Job, compute
+from .cached import Job, compute, own_cluster
 from .charts import Point
 from .figures import FIGURES, difference, paired, summarise, win_rate
 from .generate import Contender, Generator, Options, VllmGenerator, base_of, folder_of, resolve, rows_of, uses_vllm
@@ -28,7 +28,7 @@ from .report import write_report
 
 ALL = "all sets"
 MAPPED = 2  # examples of harmful and of benign prompts whose gates are shown token by token
-CURVES = ("loss", "accuracy", "margin")
+CURVES = ("loss", "accuracy", "reward_margin")
 Row = dict[str, Any]
 
 
@@ -104,8 +104,9 @@ def evaluate(
 ) -> list[Row]:
     """Generate, judge, write the report into ``out``; returns the rows of the answers table. Whatever is cached is not redone."""
     where: dict[str, Any] = {"address": address, "workers": workers, "say": say}
-    answers, routing = _answers(plan, Storage(cache), where)
-    _judge(plan, answers, Storage(cache), where)
+    with own_cluster():
+        answers, routing = _answers(plan, Storage(cache), where)
+        _judge(plan, answers, Storage(cache), where)
     summary = table(answers)
     x, y = axes(answers)
     say(f"writing {out}")
