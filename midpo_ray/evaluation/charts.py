@@ -41,7 +41,7 @@ def colours(families: Sequence[str]) -> dict[str, str]:
     return {**FAMILIES, **{f: MORE[i % len(MORE)] for i, f in enumerate(others)}}
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
+def ticks(low: float, high: float, count: int = 7) -> list[float]:
     """Round numbers within [low, high]."""
     step = 10 ** math.floor(math.log10((high - low) / count))
     step = next(step * f for f in (1, 2, 5, 10, 20) if (high - low) / (step * f) <= count)
@@ -139,10 +139,17 @@ def _dominates(a: Point, b: Point) -> bool:
 
 
 def _labels(chart: Chart, points: Sequence[Point], colour: dict[str, str]) -> None:
-    """Each label where it covers least: dots, labels placed before, the edge."""
-    taken = [(chart.x(p.x) - 7, chart.y(p.y) - 7, chart.x(p.x) + 7, chart.y(p.y) + 7) for p in points]
+    """Each label where it covers least: dots, crosses, labels placed before, the edge."""
+    taken = []
     for p in points:
-        x, y, width = chart.x(p.x), chart.y(p.y), 6.4 * len(p.label)
+        x, y = chart.x(p.x), chart.y(p.y)
+        taken.append((x - 7, y - 7, x + 7, y + 7))
+        if math.isfinite(p.x_low):
+            taken.append((chart.x(p.x_low), y - 2, chart.x(p.x_high), y + 2))
+        if math.isfinite(p.y_low):
+            taken.append((x - 2, chart.y(p.y_high), x + 2, chart.y(p.y_low)))
+    for p in points:
+        x, y, width = chart.x(p.x), chart.y(p.y), 7.2 * len(p.label)
         places = [(left, y + dy) for dy in (-8, 14, -22, 28) for left in (x + 9, x - 9 - width)]
 
         def cost(place: tuple[float, float], width: float = width) -> float:
