@@ -1,12 +1,13 @@
 """What Ray and DeepSpeed cost a run, and what both experts at once save.
 
-    python -m benchmarks.pipeline --model DIR --safety FILE --helpful FILE [--steps 30] [--quick]
+    python -m benchmarks.pipeline --model DIR --safety FILE --helpful FILE [--steps 20] [--quick]
 
 Three runs, each in a process of its own, one thread a worker, ZeRO-2:
 * together: score, both experts at the same time, router; the share of its wall time in which some stage trains.
 * in turn: the same experts with the score cache there, on a cluster of one core, which can hold but one of them.
 * bare: the safety expert's steps in torch alone, without Ray, DeepSpeed, metrics, checkpoints; before and after "in turn".
-A stage's steady state is the mean from the start of its third step to the end of its last, logs and checkpoints in it.
+The experts have about the same work, since both at once take at least the longer one's time. A stage's steady state is the mean
+from the start of its third step to the end of its last, logs and checkpoints in it.
 The router's dual data is drawn by a cost that says nothing: only the time counts.
 """
 
@@ -37,6 +38,7 @@ def cost(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
 def recipe(a: argparse.Namespace) -> config.Config:
     optim = {"lr": 1e-4, "steps": a.steps, "batch_size": a.batch, "batch_tokens": 2048}
     expert = {"objective": {"name": "dpo"}, "optim": optim}
+    helpful = {**expert, "optim": {**optim, "steps": a.helpful_steps}}
     return config.Config.model_validate(
         {
             "name": "benchmark",
@@ -47,7 +49,7 @@ def recipe(a: argparse.Namespace) -> config.Config:
                 "validation": 0.0,
             },
             "scores": {"cost": {"function": "benchmarks.pipeline:cost"}},
-            "experts": {"safety": expert, "helpfulness": expert},
+            "experts": {"safety": expert, "helpfulness": helpful},
             "router": {"rule": "ranked", "optim": {**optim, "steps": max(4, a.steps // 4)}},
             "checkpoint": {"every_steps": 50},
             "cache": f"{a.folder}/cache",
@@ -127,7 +129,8 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder of the model")
     parser.add_argument("--safety", required=True, help="PKU-SafeRLHF rows with safety labels")
     parser.add_argument("--helpful", required=True, help="the same with helpfulness labels")
-    parser.add_argument("--steps", type=int, default=30, help="of each expert")
+    parser.add_argument("--steps", type=int, default=20, help="of the safety expert")
+    parser.add_argument("--helpful-steps", type=int, default=11, help="of the other: about the same work, its pairs are longer")
     parser.add_argument("--batch", type=int, default=4, help="pairs of a step")
     parser.add_argument("--rows", type=int, default=64, help="rows of each file")
     parser.add_argument("--quick", action="store_true", help="6 steps on 12 rows")
@@ -140,9 +143,10 @@ def main() -> None:
         Path(a.result).write_text(json.dumps(bare(a) if a.contender == "bare" else pipeline(a)), "utf-8")
         return
     if a.quick:
-        a.steps, a.rows = 6, 12
+        a.steps, a.helpful_steps, a.rows = 6, 4, 12
     here = machine()
     options = {"--model": a.model, "--safety": a.safety, "--helpful": a.helpful, "--steps": a.steps, "--batch": a.batch}
+    options["--helpful-steps"] = a.helpful_steps
     with tempfile.TemporaryDirectory() as folder:
         common = [str(x) for pair in {**options, "--rows": a.rows, "--folder": folder}.items() for x in pair]
         runs = [
@@ -159,11 +163,12 @@ def main() -> None:
         {"": "bare loop, s a step", "value": bare_step},
         {"": "pipeline with 1 worker, ZeRO-2, s a step", "value": steady(turn["safety"])},
         {"": "share of the bare loop's pairs/s that it keeps", "value": bare_step / steady(turn["safety"])},
+        *({"": f"{name} expert by itself, training s", "value": seconds} for name, seconds in alone.items()),
         {"": "both experts one after the other, training s", "value": sum(alone.values())},
         {"": "both at once, training s", "value": both},
         {"": "at once / one after the other", "value": both / sum(alone.values())},
     ]
-    title = f"The pipeline: {Path(a.model).name}, fp32, {a.steps} steps of {a.batch} pairs an expert"
+    title = f"The pipeline: {Path(a.model).name}, fp32, {a.steps} and {a.helpful_steps} steps of {a.batch} pairs"
     print(save("pipeline", {"machine": here, "rows": rows, "runs": runs}, title, rows, a.json))
 
 
