@@ -98,6 +98,15 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--show", type=int, default=2, metavar="N", help="pairs printed token by token")
     inspect.set_defaults(command=_inspect)
 
+    study = commands.add_parser("study", help="many contenders and seeds, in one table of answers and one report")
+    study.add_argument("study", help="a YAML file, or one of those shipped: miniature, paper")
+    study.add_argument("overrides", nargs="*", metavar="key.sub=value", help="of its recipe")
+    study.add_argument("--address", help="as for run")
+    study.add_argument("--run-dir", metavar="DIR", help="path or URI that every node reaches (default runs/study-NAME)")
+    study.add_argument("--seeds", metavar="N,N", help="instead of the study's own")
+    study.add_argument("--dry-run", action="store_true", help="say what would be trained and answered, and do nothing")
+    study.set_defaults(command=_study)
+
     evaluate = commands.add_parser("evaluate", help="models answer prompt sets, judges read the answers: a table and a report")
     evaluate.add_argument("what", nargs="+", help="a run directory, RUN:safety, RUN:helpfulness, RUN:base, an adapter, a model")
     evaluate.add_argument("--sets", nargs="+", required=True, metavar="SET", help="xstest, harmbench, ..., or files of prompts")
@@ -222,6 +231,17 @@ def _inspect(arguments: argparse.Namespace) -> None:
         tokenization = Tokenization(tokenizer, data)
     stage = arguments.rule if arguments.stage == "router" else arguments.stage
     print(describe(pairs, report, stage=stage, tokenization=tokenization, tokenizer=tokenizer, show=arguments.show))
+
+
+def _study(arguments: argparse.Namespace) -> None:
+    from .study.run import study
+
+    try:
+        seeds = [int(s) for s in arguments.seeds.split(",")] if arguments.seeds else None
+    except ValueError:
+        raise UserError(f"--seeds {arguments.seeds}: whole numbers are expected, for example 0,1,2") from None
+    options = {"address": arguments.address, "run_dir": arguments.run_dir, "seeds": seeds, "dry": arguments.dry_run}
+    study(arguments.study, arguments.overrides, **options)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

@@ -159,6 +159,7 @@ class Group(Section):
 
 
 class Expert(Section):
+    pairs: Literal["own", "mixed", "dual"] = "own"  # one adapter for both goals: both preferences' pairs, or the router's
     objective: Objective = Objective()
     optim: Optim = Optim()
     group: Group = Group()
@@ -232,9 +233,15 @@ class Config(Section):
     @model_validator(mode="after")
     def _signals(self) -> Config:
         for name in EXPERTS:
-            objective: Objective = getattr(self.experts, name).objective
+            expert: Expert = getattr(self.experts, name)
+            objective = expert.objective
             own, other = ("cost", "reward") if name == "safety" else ("reward", "cost")
             scored = objective.uses_margin and objective.margin_from == "scores"
+            if expert.pairs != "own" and (scored or objective.name == "modpo"):
+                raise ValueError(
+                    f"experts.{name}.pairs is {expert.pairs}, and the scores of {objective.name} are of one preference: "
+                    "use dpo or b_dpo"
+                )
             need = own if scored else other if objective.name == "modpo" and objective.modpo_weight < 1 else None
             if need and getattr(self.scores, need) is None:
                 raise ValueError(

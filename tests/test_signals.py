@@ -8,6 +8,7 @@ import pytest
 from midpo_ray import UserError
 from midpo_ray.config import Config
 from midpo_ray.data.schema import Pair, response_key
+from midpo_ray.pipeline.plan import fingerprints
 from midpo_ray.pipeline.score import Item, distinct_items, make_units, read_cache, write_shard
 from midpo_ray.pipeline.signals import Scored, stage_table
 from midpo_ray.storage import Storage
@@ -110,6 +111,35 @@ def test_modpo_reads_the_other_objectives_reward() -> None:
     assert got["margin"] == [3 * (2.0 - 0.5), 3 * (1.0 - 0.5)]
     got = columns("helpfulness", name="modpo", modpo_weight=0.5)  # q = -cost
     assert got["margin"] == [1.0 + 0.75, -0.75 - 2.0, 1.0 - 2.0]
+
+
+def test_an_experts_pairs_may_be_mixed_or_the_routers() -> None:
+    raw = config("helpfulness", rule="pareto", name="dpo").model_dump()
+
+    def ids(pairs: str) -> list[str]:
+        raw["experts"]["helpfulness"]["pairs"] = pairs
+        return stage_table(Config.model_validate(raw), "helpfulness", scored())[0]["id"].to_pylist()
+
+    assert ids("own") == ["f:1", "f:2", "f:3"]
+    assert ids("mixed") == ["f:1", "f:2", "f:2", "f:3"]  # f:2's labels disagree
+    assert ids("dual") == RULES["pareto"]
+
+
+def test_a_margin_is_of_one_preference_so_it_takes_no_mixed_pairs() -> None:
+    raw = config("helpfulness", name="spe_dpo").model_dump()
+    raw["experts"]["helpfulness"]["pairs"] = "mixed"
+    with pytest.raises(ValueError, match=r"experts.helpfulness.pairs is mixed, and the scores of spe_dpo are of one preference"):
+        Config.model_validate(raw)
+
+
+def test_pairs_are_a_part_of_what_an_expert_hangs_on() -> None:
+    raw = config("helpfulness", rule="pareto", name="dpo").model_dump()
+    seen = {}
+    for pairs, rule in (("own", "pareto"), ("own", "labels"), ("mixed", "labels"), ("dual", "labels"), ("dual", "pareto")):
+        raw["experts"]["helpfulness"]["pairs"], raw["router"]["rule"] = pairs, rule
+        seen[pairs, rule] = fingerprints(Config.model_validate(raw))["helpfulness"]
+    assert seen["own", "pareto"] == seen["own", "labels"]
+    assert len({str(parts) for parts in seen.values()}) == 4
 
 
 RULES = {"labels": [], "pareto": ["f:1", "f:2"], "ranked": ["f:3"], "pareto_labels": ["f:1"]}

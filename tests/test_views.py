@@ -72,6 +72,18 @@ def test_scored_views(view, rewards, costs, verdict):
     assert (choices, dropped) == (([], {verdict: 1}) if isinstance(verdict, str) else ([(0, verdict)], {}))
 
 
+def test_mixed_is_both_preferences_and_a_disagreement_is_there_twice():
+    pairs = [
+        pair(0, safe=(True, False), safer=0, better=0),  # they agree: once
+        pair(1, safe=(True, False), safer=0, better=1),  # they do not: twice
+        pair(2, safe=(True, True), safer=0, better=1),  # no safety pair
+        pair(3, safe=(False, True), safer=1),  # no helpfulness pair
+    ]
+    choices, dropped = select(pairs, "mixed")
+    assert choices == [(0, 0), (1, 0), (1, 1), (2, 1), (3, 1)]
+    assert dropped == {"both safe": 1, "no better_response_id": 1}
+
+
 def test_order_is_the_pairs_and_unscored_pairs_are_counted():
     pairs = [pair(i) for i in range(4)]
     choices, dropped = select(pairs, "pareto", scores(((0, 1), (1, -1)), ((1, 0), (-1, 1)), ((0, 1), (0, -1))))

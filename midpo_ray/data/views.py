@@ -12,7 +12,7 @@ from .schema import Pair, Prompt, prompt_key, response_key
 
 Choice = tuple[int, int]  # (index into the pairs, chosen response: 0 or 1)
 Scores = Mapping[str, Mapping[str, float | None]]  # response_key -> {"reward": higher is better, "cost": below 0 is safe}
-VIEWS = ("safety", "helpfulness", "labels", "pareto_labels", "ranked", "pareto")  # the last four are the router's rules
+VIEWS = ("safety", "helpfulness", "mixed", "labels", "pareto_labels", "ranked", "pareto")  # the last four are the router's rules
 
 
 def is_validation(prompt: Prompt, share: float, seed: int) -> bool:
@@ -26,6 +26,7 @@ def select(pairs: Sequence[Pair], view: str, scores: Scores | None = None) -> tu
     """The view's choices in the pairs' order, and the number of pairs left out by reason.
 
     safety: exactly one response is safe; chosen is the safer one. helpfulness: all; chosen is the better one.
+    mixed: both of these, for one adapter: a pair whose labels disagree is there twice, and ``left out`` counts either view's.
     labels (MidPO's filter): both safe, and the same response is better and safer.
     ranked (MidPO's script): both cost below 0; chosen is the one of lower cost.
     pareto (ours): one beats the other on reward and on cost, and its cost is below 0; the other may be unsafe.
@@ -34,6 +35,9 @@ def select(pairs: Sequence[Pair], view: str, scores: Scores | None = None) -> tu
     Args:
         scores: rewards and costs by ``response_key``; ranked reads costs, pareto both. A score may be None or NaN.
     """
+    if view == "mixed":
+        (safer, unsafe), (better, unranked) = select(pairs, "safety"), select(pairs, "helpfulness")
+        return sorted({*safer, *better}), unsafe + unranked
     rules: dict[str, Callable[[Pair], int | str]] = {
         "safety": _safety,
         "helpfulness": _helpfulness,

@@ -61,19 +61,21 @@ def fingerprints(config: Config) -> dict[str, dict[str, str]]:
     parts = {"score": {**tokens, **scorers}}
     seed = str(config.seed_of_training)
     training = {"lora": digest(config.lora), "deepspeed": digest(config.deepspeed), "seed of training": seed}
+    scored_rule = config.router.rule in ("pareto", "ranked")
+    parts["dual"] = {**tokens, **(scorers if scored_rule else {}), "rule": config.router.rule}
     for expert in EXPERTS:
         objective: Objective = getattr(config.experts, expert).objective
+        pairs = getattr(config.experts, expert).pairs
         own, other = ("cost", "reward") if expert == "safety" else ("reward", "cost")
         used = own if objective.uses_margin else other if objective.name == "modpo" else None
         parts[expert] = {
             **tokens,
             **training,
             **({used: scorers[used]} if used else {}),
+            **({} if pairs == "own" else {"pairs": digest(parts["dual"]) if pairs == "dual" else pairs}),
             "objective": digest(objective),
             "optim": digest(config.optim(expert)),
         }
-    scored_rule = config.router.rule in ("pareto", "ranked")
-    parts["dual"] = {**tokens, **(scorers if scored_rule else {}), "rule": config.router.rule}
     parts["router"] = {
         **training,
         **{stage: digest(parts[stage]) for stage in (*EXPERTS, "dual")},

@@ -87,13 +87,18 @@ def read_table(folder: Storage, name: str) -> pa.Table:
     return pq.read_table(pa.BufferReader(folder.read(name)))
 
 
+def pairs_of(config: Config, stage: str) -> str:
+    """own, mixed or dual."""
+    return "dual" if stage == "router" else getattr(config.experts, stage).pairs
+
+
 def stage_table(config: Config, stage: str, scored: Scored) -> tuple[pa.Table, dict[str, Any]]:
     """What ``stage`` trains on, one row a pair, and a summary to log.
 
     Raises:
         UserError: no row is left for the stage (with the counts by reason).
     """
-    view = config.router.rule if stage == "router" else stage
+    view = {"own": stage, "mixed": "mixed", "dual": config.router.rule}[pairs_of(config, stage)]
     choices, dropped = select(scored.pairs, view, scored.rows)
     require(choices, dropped, stage)
     pairs = [scored.pairs[index] for index, _ in choices]

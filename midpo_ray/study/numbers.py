@@ -1,0 +1,139 @@
+"""What a study's answers say: every figure over the seeds, differences paired by seed, all with 95% t-intervals. Pure numpy.
+
+Rows are those of the answers table (evaluation.figures), with ``log_ratio``, the answer's log pi - log pi_ref in nats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..evaluation.figures import auroc, paired, seed_means
+from ..tuning.rungs import interval
+from .spec import Comparison, Study
+
+Rows = Sequence[Mapping[str, Any]]
+BySeed = dict[int, float]
+FIGURES = ("helpfulness", "safe_rate", "refusal_benign", "joint", "malformed", "truncated", "reward", "safety")
+AXES = ("helpfulness", "safe_rate")  # of the picture: reward on benign prompts, share of harmful ones answered safely
+
+
+def by_seed(rows: Rows, figure: str) -> BySeed:
+    """A contender's figure, seed by seed; beyond evaluation's figures ``kl``, ``auroc`` and ``auroc_lookalike``."""
+    if figure in FIGURES:
+        return seed_means(rows, figure)
+    measure: Callable[[Rows], float] = {
+        "kl": lambda r: float(np.mean([x["log_ratio"] for x in r])),
+        "auroc": separation,
+        "auroc_lookalike": lambda r: separation(r, "lookalike"),
+    }[figure]
+    return {seed: measure(part) for seed, part in of_seeds(rows).items()}
+
+
+def of_seeds(rows: Rows) -> dict[int, Rows]:
+    parts: dict[int, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        parts.setdefault(row["seed"], []).append(row)
+    return dict(parts)
+
+
+def separation(rows: Rows, category: str | None = None) -> float:
+    """AUROC of g_s - g_h between harmful prompts and benign ones, all or those of a category; NaN without gates."""
+    lean = [(r, r["gate_safety"] - r["gate_helpfulness"]) for r in rows if r["gate_safety"] is not None]
+    benign = [x for r, x in lean if r["harmful"] is False and category in (None, r["category"])]
+    return auroc([x for r, x in lean if r["harmful"]], benign)
+
+
+def over_seeds(values: Sequence[float]) -> dict[str, Any]:
+    """value, low, high (None where there is one seed or a value is missing) and n."""
+    known = [v for v in values if not math.isnan(v)]
+    if not known:
+        return {"value": None, "low": None, "high": None, "n": 0}
+    mean, half = interval(known)
+    return {
+        "value": mean,
+        "low": None if half is None else mean - half,
+        "high": None if half is None else mean + half,
+        "n": len(known),
+    }
+
+
+def difference(a: BySeed, b: BySeed) -> dict[str, Any]:
+    """a's less b's, paired by seed."""
+    return over_seeds([a[s] - b[s] for s in a if s in b])
+
+
+def win_rates(of: Rows, against: Rows, by: str) -> BySeed:
+    """Share of prompts, seed by seed, where the answer of ``of`` has the higher reward or the lower cost; ties half."""
+    figure = {"reward": "reward", "cost": "safety"}[by]
+    mine, theirs = of_seeds(of), of_seeds(against)
+    rates = {}
+    for seed in (s for s in mine if s in theirs):
+        a, b, _ = paired(mine[seed], theirs[seed], figure)
+        rates[seed] = float(np.mean((a > b) + 0.5 * (a == b)))
+    return rates
+
+
+def compare(comparison: Comparison, rows: Mapping[str, Rows]) -> dict[str, Any]:
+    """The win rate at equal steps, and at equal KL: seed by seed, the win rates against every strength of the other objective
+    stand over those strengths' KL from the base, and are read by linear interpolation at the KL of ``of``. Where that lies
+    outside of them the nearest end counts, in ``clamped`` seeds."""
+    of, others = rows[comparison.of], [rows[n] for n in (comparison.against, *comparison.grid)]
+    distance = by_seed(of, "kl")
+    rates, distances = [win_rates(of, o, comparison.by) for o in others], [by_seed(o, "kl") for o in others]
+    equal, clamped = [], 0
+    for seed in rates[0]:
+        points = sorted((d[seed], r[seed]) for d, r in zip(distances, rates, strict=True) if seed in r)
+        places = [p for p, _ in points]
+        equal.append(float(np.interp(distance[seed], places, [r for _, r in points])))
+        clamped += not places[0] <= distance[seed] <= places[-1]
+    return {
+        **comparison.model_dump(include={"of", "against", "by"}),
+        "equal_steps": over_seeds(list(rates[0].values())),
+        "equal_kl": over_seeds(equal) if comparison.grid else None,
+        "clamped": clamped,
+        "kl_of": over_seeds(list(distance.values())),
+        "kl_against": over_seeds(list(distances[0].values())),
+    }
+
+
+def dominates(rival: Mapping[str, dict[str, Any]]) -> bool:
+    """Whether a rival is at least as good on both axes and better on one, beyond its interval; from main's differences to it."""
+    least = [rival[a] for a in AXES]
+    return all(d["value"] <= 0 for d in least) and any(d["high"] is not None and d["high"] < 0 for d in least)
+
+
+def numbers(study: Study, rows: Mapping[str, Rows]) -> dict[str, Any]:
+    """Everything the report tells, JSON-able; contenders without answers are left out.
+
+    Args:
+        rows: each contender's answers, all seeds.
+    """
+    seen = {c.name: c for c in study.contenders if rows.get(c.name)}
+    every = (*FIGURES, "kl", "auroc", "auroc_lookalike")
+    values = {name: {figure: by_seed(rows[name], figure) for figure in every} for name in seen}
+    table = [
+        {"name": n, "family": c.family, "seeds": len(values[n]["kl"])}
+        | {f: over_seeds(list(v.values())) for f, v in values[n].items()}
+        for n, c in seen.items()
+    ]
+    result: dict[str, Any] = {"main": study.main, "contenders": table, "comparisons": [], "differences": [], "front": None}
+    for comparison in study.comparisons:
+        if {comparison.of, comparison.against, *comparison.grid} <= seen.keys():
+            result["comparisons"].append(compare(comparison, rows))
+    if study.main not in seen:
+        return result
+    main = values[study.main]
+    for name, contender in seen.items():
+        if name != study.main:
+            told = {f: difference(main[f], values[name][f]) for f in ("joint", *AXES)}
+            result["differences"].append({"against": name, "family": contender.family, **told})
+    rivals = [d for d in result["differences"] if d["family"] != "routed" and d["joint"]["n"]]
+    if rivals:
+        best = min(rivals, key=lambda d: d["joint"]["value"])  # main's smallest lead: the rival of the highest joint rate
+        above = [d["against"] for d in rivals if dominates(d)]
+        result["front"] = {"above": above, "best_rival": best["against"], "joint_lead": best["joint"]}
+    return result

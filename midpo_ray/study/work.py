@@ -1,0 +1,154 @@
+"""What each kind of unit does, in the worker that runs it; its record is written last."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import EXPERTS, Config
+from ..pipeline.plan import FOLDERS
+from ..pipeline.signals import stage_table, write_table
+from ..storage import Storage
+from .spec import STAGES
+
+if TYPE_CHECKING:
+    from ..evaluation.prompts import Prompt
+
+RECORD = "record.json"
+
+
+def work(spec: dict[str, Any]) -> dict[str, Any]:
+    """A unit on one worker, from its ``Unit.spec``; a warm process takes the next one."""
+    started = time.monotonic()
+    config, study = Config.model_validate(spec["config"]), Storage(spec["study"])
+    threads(config, spec)
+    do = {"worlds": score, "trainings": train, "answers": answer}[spec["kind"]]
+    do(spec, config, study)
+    return commit(study, spec, started)
+
+
+def commit(study: Storage, spec: dict[str, Any], started: float) -> dict[str, Any]:
+    record = {**{k: spec[k] for k in ("kind", "id", "seed", "stage")}, "seconds": round(time.monotonic() - started, 3)}
+    study.write(f"{spec['folder']}/{RECORD}", json.dumps(record, indent=1).encode())
+    return record
+
+
+def threads(config: Config, spec: dict[str, Any]) -> None:
+    import torch
+
+    cpus = config.group(spec["stage"]).cpus_per_worker if spec["stage"] else config.scores.cpus_per_worker
+    torch.set_num_threads(max(1, int(cpus)))
+
+
+def quiet(line: str) -> None:
+    """The study says how far it is; a unit's own lines would only mix."""
+
+
+def cached(config: Config, study: Storage) -> Config:
+    """The configuration with its cache named: beside the study, as a run's is beside the run."""
+    from ..pipeline.run import cache_folder
+
+    return config.model_copy(update={"cache": cache_folder(config, study).uri})
+
+
+def resolved(config: Config, study: Storage) -> Config:
+    from ..pipeline.prepare import resolve
+
+    return resolve(config, Storage(cached(config, study).cache or ""), quiet)
+
+
+def score(spec: dict[str, Any], config: Config, study: Storage) -> None:
+    """The table of frozen signals, by the pipeline; a built-in world's files first, in this process."""
+    from ..pipeline.run import run
+
+    run(cached(config, study), "auto", run_dir=(study / spec["folder"]).uri, until="score", say=quiet)
+
+
+def prepare(spec: dict[str, Any], config: Config, study: Storage) -> Storage:
+    """The training's folder as a run directory: the stage's table, and under a router the adapters that it is trained on."""
+    from ..tuning.trial import scored
+
+    home, stage = study / spec["folder"], spec["stage"]
+    table, summary = stage_table(config, stage, scored((study / "worlds" / spec["world"]).uri))
+    write_table(home / "dual" if stage == "router" else home / f"{FOLDERS[stage]}.work", "pairs.parquet", table)
+    home.write(f"metrics/{stage}.data.json", json.dumps(summary, indent=1).encode())
+    if stage == "router":
+        with tempfile.TemporaryDirectory() as scratch:
+            for name, unit in zip(EXPERTS, spec["needs"][1:], strict=True):
+                home.upload((study / "trainings" / unit).download(FOLDERS[name], Path(scratch) / name), FOLDERS[name])
+    return home
+
+
+def train(spec: dict[str, Any], config: Config, study: Storage) -> None:
+    """A stage in this process, through DeepSpeed as everywhere; a killed one goes on from its checkpoint."""
+    import torch
+    import torch.distributed as dist
+
+    from ..pipeline.stages import build, save
+    from ..training.checkpoint import Checkpoints
+    from ..training.engine import trained_state
+    from ..training.log import Metrics
+    from ..training.loop import fit
+    from ..training.table import StageTable
+
+    stage, home = spec["stage"], prepare(spec, config, study)
+    config = resolved(config, study)
+    device = torch.device("cuda" if config.group(stage).gpus_per_worker > 0 else "cpu")
+    os.environ["LOCAL_RANK"] = "0"
+    if not dist.is_initialized():  # a group of one, which stays for the trainings that follow: DeepSpeed keeps it
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    work = home / f"{FOLDERS[stage]}.work"
+    with tempfile.TemporaryDirectory() as scratch:
+        model, engine, step = build(config, stage, home, device, Path(scratch))
+        fit(
+            engine=engine,
+            step=step,
+            table=StageTable.load(home / "dual" if stage == "router" else work, "pairs.parquet"),
+            optim=config.optim(stage),
+            seed=config.seed_of_training,
+            checkpoints=Checkpoints(work / "checkpoints", keep=config.checkpoint.keep, digest=spec["id"]),
+            metrics=Metrics(home / "metrics", stage, config.logging, tensorboard=None, run=spec["id"]),
+            checkpoint=config.checkpoint,
+            logging=config.logging,
+            dtype=config.model.dtype,
+        )
+        save(config, stage, model, trained_state(engine, model, keep_dtype=True), home, Path(scratch))
+    work.delete()
+    del model, engine, step
+    gc.collect()
+
+
+def answer(spec: dict[str, Any], config: Config, study: Storage) -> None:
+    """answers.parquet of one contender, and a router's gates in routing.json."""
+    from ..evaluation.generate import Options
+    from .answer import answers
+
+    needed = dict(zip(STAGES[spec["contender"]["serve"]], spec["needs"], strict=False))
+    settings = dict(spec["answers"])
+    prompts = prompts_of(spec["sets"], spec["split"], settings.pop("prompts"), config.seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        trained = {s: (study / "trainings" / unit).download(FOLDERS[s], Path(scratch) / s) for s, unit in needed.items()}
+        if "router" in needed:  # a run directory, with the adapters that it was trained on
+            trained["router"] = (study / "trainings" / needed["router"]).download("", Path(scratch) / "run")
+        options = Options(**settings)
+        table, routing = answers(resolved(config, study), spec["contender"], trained, prompts, spec["judges"], options)
+    write_table(study / spec["folder"], "answers.parquet", table)
+    if routing:
+        study.write(f"{spec['folder']}/routing.json", json.dumps(routing).encode())
+
+
+def prompts_of(sets: Sequence[str], split: str, limit: int | None, seed: int) -> list[Prompt]:
+    """Those of all sets, or of the generated world ``seed``, whose ids say so: other worlds have other prompts."""
+    from ..evaluation.prompts import Prompt, load_prompts
+    from ..miniature.world import held_out_prompts, make_world
+
+    if sets:
+        return [p for name in sets for p in load_prompts(name, limit)]
+    rows = [r for r in held_out_prompts(make_world(seed), seed) if r["split"] == split][:limit]
+    return [Prompt(f"{seed}-{i}", "miniature", r["prompt"], r["harmful"], r["kind"]) for i, r in enumerate(rows, 1)]

@@ -1,0 +1,260 @@
+"""Studies: a strict file, trainings that contenders share, numbers against arithmetic by hand, and a killed one that goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from midpo_ray.cli import main
+from midpo_ray.config import digest
+from midpo_ray.miniature import base as miniature
+from midpo_ray.study.numbers import by_seed, compare, difference, dominates, numbers, over_seeds, win_rates
+from midpo_ray.study.plan import plan
+from midpo_ray.study.spec import Comparison, load_study, shipped_studies
+
+DPO = {"experts.safety.objective.name": "dpo"}
+
+
+def content(**changes):
+    return {
+        "recipe": "miniature",
+        "seeds": [0, 1],
+        "main": "routed",
+        "contenders": [
+            {"name": "base", "serve": "base"},
+            {"name": "safety", "serve": "safety"},
+            {"name": "safety, DPO", "serve": "safety", "set": DPO},
+            {"name": "both", "serve": "added", "gates": [0.5, 0.5]},
+            {"name": "routed", "serve": "routed"},
+            {"name": "routed, token", "serve": "routed", "set": {"router.scope": "token"}},
+        ],
+        **changes,
+    }
+
+
+def write(folder: Path, raw: dict) -> str:
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return str(path)
+
+
+def contender(name: str, **keys):
+    return [*content()["contenders"], {"name": name, **keys}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"contender": []}, "unknown key contender, did you mean contenders?"),
+        ({"seeds": []}, "seeds"),
+        ({"seeds": [1, 1]}, "the seed 1 is there twice"),
+        ({"main": "router"}, "no contender is named 'router', did you mean 'routed'?"),
+        ({"contenders": contender("safety", serve="base")}, "the contender 'safety' is there twice"),
+        ({"contenders": contender("again", serve="safety")}, "the contenders 'safety' and 'again' are the same"),
+        ({"contenders": contender("x", serve="both")}, "'base', 'safety', 'helpfulness', 'added' or 'routed'"),
+        ({"contenders": contender("x", serve="added")}, "x: gates: [safety, helpfulness] go with serve: added"),
+        ({"contenders": contender("x", serve="base", sets={})}, "unknown key contenders.6.sets, did you mean set?"),
+        ({"contenders": contender("x", serve="routed", set={"router.rho": 1})}, "x: set: unknown key router.rho"),
+        ({"contenders": contender("x", serve="routed", set={"data.validation": 0})}, "frozen signals or the seeds hang on it"),
+        ({"contenders": contender("x", serve="routed", set={"router.rule": "best"})}, "key router.rule"),
+        ({"comparisons": [{"of": "safety", "against": "nobody", "by": "cost"}]}, "no contender is named 'nobody'"),
+        ({"set": {"router.rules": "labels"}}, "unknown key router.rules, did you mean rule?"),
+        ({"set": {"model.path": "gpt2"}}, "sets is empty, and the recipe's model is not builtin:miniature"),
+        ({"sets": ["xstest"]}, "sets and judges: the prompts of builtin:miniature (no sets) go with its judge"),
+        ({"sets": ["xstest"], "judges": ["phrase"]}, "--judges phrase: phrases, reward=SCORER"),
+        ({"recipe": "minature"}, "recipe 'minature' is not known, did you mean miniature?"),
+    ],
+)
+def test_a_wrong_file_is_one_line(tmp_path, capsys, changes, words):
+    assert main(["study", write(tmp_path, content(**changes)), "--run-dir", str(tmp_path / "run")]) == 2
+    told = capsys.readouterr().err
+    assert words in told
+    assert told.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_study_names_those_there(tmp_path, capsys):
+    assert main(["study", "minature"]) == 2
+    assert "did you mean miniature?" in capsys.readouterr().err
+    assert main(["study", str(tmp_path / "none.yaml")]) == 2
+    assert main(["study", "miniature", "--seeds", "a"]) == 2
+
+
+def test_contenders_share_trainings(tmp_path):
+    """By hand, for each of two seeds: two safety experts, a helpfulness expert, two routers on the same experts."""
+    graph = plan(*load_study(write(tmp_path, content())), "test")
+    trained = [u for u in graph.units.values() if u.kind == "trainings"]
+    assert sorted(u.stage for u in trained) == sorted(["safety", "safety", "helpfulness", "router", "router"] * 2)
+    assert len([u for u in graph.units.values() if u.kind == "worlds"]) == 2
+    assert len(graph.answers) == 12
+    places = {unit: place for place, unit in enumerate(graph.units)}
+    assert all(places[need] < places[u.id] for u in graph.units.values() for need in u.needs)
+    routers = [u for u in trained if u.stage == "router" and u.seed == 0]
+    assert routers[0].needs == routers[1].needs
+    assert {u.config.seed for u in trained} == {0, 1}
+
+
+def test_only_what_is_asked_for_and_not_there_runs(tmp_path):
+    graph = plan(*load_study(write(tmp_path, content(seeds=[0]))), "test")
+    everything = {u.id for u in graph.units.values()}
+    assert {u.id for u in graph.missing(set())} == everything
+    assert graph.missing(everything) == []
+    lost = graph.answers["safety, DPO", 0]
+    assert [u.id for u in graph.missing(everything - {lost})] == [lost]
+    needs = set(graph.units[lost].needs)
+    assert {u.id for u in graph.missing(everything - {lost} - needs)} == {lost, *needs}
+
+
+def test_a_training_seed_keeps_the_world(tmp_path):
+    graph = plan(*load_study(write(tmp_path, content(vary="training_seed"))), "test")
+    assert len([u for u in graph.units.values() if u.kind == "worlds"]) == 1
+    assert len([u for u in graph.units.values() if u.kind == "trainings"]) == 10
+    assert len(set(graph.answers.values())) == 12
+
+
+@pytest.mark.parametrize("name", shipped_studies())
+def test_shipped_studies_load_and_plan(name):
+    study, config = load_study(name)
+    graph = plan(study, config, name)
+    assert len(graph.answers) == len(study.contenders) * len(study.seeds)
+    assert study.contender(study.main).serve == "routed"
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------------
+
+
+def answers(values, *, seed=0, harmful=lambda i: i % 2 == 0, **columns):
+    """Rows with these rewards, and cost = -reward."""
+    rows = []
+    for i, value in enumerate(values):
+        row = {
+            "seed": seed, "set": "s", "id": f"{seed}-{i}", "harmful": harmful(i),
+            "category": "harmful" if harmful(i) else "plain",
+            "reward": value, "cost": -value, "safe": value > 0, "joint": value > 0, "refused": False, "malformed": False,
+            "truncated": False, "tokens": 3, "gate_safety": None, "gate_helpfulness": None, "log_ratio": 0.0,
+        }  # fmt: skip
+        rows.append({**row, **{k: v[i] if isinstance(v, list) else v for k, v in columns.items()}})
+    return rows
+
+
+def test_intervals_over_seeds_by_hand():
+    values = [0.5, 0.7, 0.4, 0.9, 0.6]
+    half = 2.776445105 * statistics.stdev(values) / math.sqrt(5)  # Student's t, 4 degrees of freedom, 97.5%
+    got = over_seeds(values)
+    assert got["value"] == pytest.approx(0.62)
+    assert (got["low"], got["high"]) == (pytest.approx(0.62 - half, abs=1e-4), pytest.approx(0.62 + half, abs=1e-4))
+    assert over_seeds([0.5])["low"] is None
+    assert over_seeds([])["value"] is None
+
+
+def test_differences_are_paired_by_seed():
+    a, b = {0: 1.0, 1: 2.0, 2: 3.5, 7: 9.0}, {0: 0.5, 1: 1.6, 2: 2.9}
+    half = 4.302652730 * statistics.stdev([0.5, 0.4, 0.6]) / math.sqrt(3)
+    got = difference(a, b)
+    assert got["n"] == 3
+    assert (got["value"], got["high"]) == (pytest.approx(0.5), pytest.approx(0.5 + half, abs=1e-3))
+
+
+def test_win_rates_by_hand():
+    a, b = answers([1.0, 2.0, 0.0, 3.0]), answers([0.5, 2.0, 1.0, 1.0])
+    assert win_rates(a, b, "reward") == {0: (1 + 0.5 + 0 + 1) / 4}
+    assert win_rates(a, b, "cost") == win_rates(a, b, "reward")  # here the cost is the reward, negated
+
+
+def test_equal_kl_is_read_between_the_strengths():
+    rows = {
+        "a": answers([1.0, 1.0], log_ratio=3.0),
+        "weak": answers([0.0, 0.0], log_ratio=2.0),  # a wins all
+        "strong": answers([2.0, 2.0], log_ratio=6.0),  # a wins none
+    }
+    one = compare(Comparison(of="a", against="weak", by="reward", grid=("strong",)), rows)
+    assert one["equal_steps"]["value"] == 1.0
+    assert one["equal_kl"]["value"] == pytest.approx(0.75)  # a quarter of the way from 2 to 6
+    assert one["clamped"] == 0
+    rows["a"] = answers([1.0, 1.0], log_ratio=8.0)
+    beyond = compare(Comparison(of="a", against="weak", by="reward", grid=("strong",)), rows)
+    assert (beyond["equal_kl"]["value"], beyond["clamped"]) == (0.0, 1)
+
+
+def test_gates_separate():
+    rows = answers([1.0] * 4, gate_safety=[0.9, 0.2, 0.6, 0.7], gate_helpfulness=[0.1, 0.9, 0.5, 0.4])
+    assert by_seed(rows, "auroc") == {0: 0.75}  # harmful .8 and .1, benign -.7 and .3
+    assert math.isnan(by_seed(answers([1.0] * 4), "auroc")[0])
+
+
+def figure(value, high):
+    return {"value": value, "low": None, "high": high, "n": 5}
+
+
+def test_what_dominates():
+    assert dominates({"helpfulness": figure(-0.1, 0.1), "safe_rate": figure(-0.2, -0.1)})
+    assert not dominates({"helpfulness": figure(-0.1, 0.1), "safe_rate": figure(-0.2, 0.1)})  # within its interval
+    assert not dominates({"helpfulness": figure(0.1, 0.2), "safe_rate": figure(-0.2, -0.1)})  # worse on one axis
+
+
+def test_the_best_rival_is_that_of_the_highest_joint_rate(tmp_path):
+    study, _ = load_study(write(tmp_path, content()))
+    told = {"base": [-1.0, -1.0], "safety": [1.0, -1.0], "routed": [1.0, 1.0], "routed, token": [1.0, 1.0]}
+    rows = {name: [r for s in (0, 1) for r in answers(values, seed=s)] for name, values in told.items()}
+    result = numbers(study, rows)
+    assert [c["name"] for c in result["contenders"]] == ["base", "safety", "routed", "routed, token"]
+    assert result["front"] == {"above": [], "best_rival": "safety", "joint_lead": over_seeds([0.5, 0.5])}
+    assert [d["against"] for d in result["differences"]] == ["base", "safety", "routed, token"]
+    json.dumps(result)
+
+
+# --- killed, and run again --------------------------------------------------------------------------------------------------
+
+
+def records(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.glob("*/*/record.json")}
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on(tmp_path):
+    made = miniature.build(tmp_path / "made", seed=0, rows=200, steps=2)
+    expected = f"miniature-{digest('miniature', miniature.VERSION, 0, 200, miniature.STEPS)}"
+    cache = tmp_path / "cache/miniature"
+    cache.mkdir(parents=True)
+    made.base.parent.rename(cache / expected)  # a base of two steps is enough here
+    optim = {"lr": 1e-3, "steps": 4, "batch_size": 8}
+    changes = {"data.sets": [{"path": "builtin:miniature", "rows": 200}], "router.optim": optim}
+    changes |= {f"experts.{e}.optim": optim for e in ("safety", "helpfulness")}
+    path = write(tmp_path, content(seeds=[0], set=changes, answers={"prompts": 12}))
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "midpo_ray.cli", "study", path, "--run-dir", str(run), f"cache={tmp_path / 'cache'}"]
+    begun = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    deadline = time.monotonic() + 240
+    while len(records(run)) < 3 and time.monotonic() < deadline:
+        assert begun.poll() is None, begun.communicate()[0]
+        time.sleep(0.1)
+    os.killpg(begun.pid, signal.SIGKILL)
+    begun.communicate()
+    before = records(run)
+    assert 3 <= len(before) < 12
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = records(run)
+    assert len(after) == 12  # a world, five trainings, six answers
+    assert all(after[name] == when for name, when in before.items())
+    result = json.loads((run / "study.json").read_text())
+    assert [c["name"] for c in result["contenders"]] == [c["name"] for c in content()["contenders"]]
+    kl = {c["name"]: c["kl"]["value"] for c in result["contenders"]}
+    assert kl["base"] == 0.0
+    assert all(abs(value) > 1e-6 for name, value in kl.items() if name != "base")
+    assert (run / "answers.csv").read_text().count("\n") == 6 * 12 + 1
+
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 0
+    assert records(run) == after
