@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .config import dump, load_config, shipped_recipes
+from .config import SCORES, dump, load_config, shipped_recipes
 from .errors import UserError
 
 
@@ -66,6 +66,23 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--select", metavar="RULE", help="knee, METRIC, or 'METRIC>=X then METRIC'")
     tune.set_defaults(command=_tune)
 
+    study = commands.add_parser("study", help="many contenders and seeds, in one table of answers and one report")
+    study.add_argument("study", help="a YAML file, or one of those shipped: miniature, paper")
+    study.add_argument("overrides", nargs="*", metavar="key.sub=value", help="of its recipe")
+    study.add_argument("--address", help="as for run")
+    study.add_argument("--run-dir", metavar="DIR", help="path or URI that every node reaches (default runs/study-NAME)")
+    study.add_argument("--seeds", metavar="N,N", help="instead of the study's own")
+    study.add_argument("--dry-run", action="store_true", help="say what would be trained and answered, and do nothing")
+    study.set_defaults(command=_study)
+
+    reward = commands.add_parser("reward", help="train a recipe's reward and cost models, and measure them")
+    reward.add_argument("recipe", help="as for run; its section reward_model says how")
+    reward.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    reward.add_argument("--kind", choices=SCORES, help="only this one")
+    reward.add_argument("--address", help="as for run")
+    reward.add_argument("--run-dir", metavar="DIR", help="as for run")
+    reward.set_defaults(command=_reward)
+
     submit = commands.add_parser("submit", help="run a recipe as a job on a cluster that is up")
     submit.add_argument("recipe", help="as for run")
     submit.add_argument("overrides", nargs="*", metavar="key.sub=value")
@@ -97,15 +114,6 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--max-length", type=int, default=512)
     inspect.add_argument("--show", type=int, default=2, metavar="N", help="pairs printed token by token")
     inspect.set_defaults(command=_inspect)
-
-    study = commands.add_parser("study", help="many contenders and seeds, in one table of answers and one report")
-    study.add_argument("study", help="a YAML file, or one of those shipped: miniature, paper")
-    study.add_argument("overrides", nargs="*", metavar="key.sub=value", help="of its recipe")
-    study.add_argument("--address", help="as for run")
-    study.add_argument("--run-dir", metavar="DIR", help="path or URI that every node reaches (default runs/study-NAME)")
-    study.add_argument("--seeds", metavar="N,N", help="instead of the study's own")
-    study.add_argument("--dry-run", action="store_true", help="say what would be trained and answered, and do nothing")
-    study.set_defaults(command=_study)
 
     evaluate = commands.add_parser("evaluate", help="models answer prompt sets, judges read the answers: a table and a report")
     evaluate.add_argument("what", nargs="+", help="a run directory, RUN:safety, RUN:helpfulness, RUN:base, an adapter, a model")
@@ -184,6 +192,26 @@ def _tune(arguments: argparse.Namespace) -> None:
     tune(arguments.space, load_config(arguments.recipe, arguments.overrides), command, **options)
 
 
+def _study(arguments: argparse.Namespace) -> None:
+    from .study.run import study
+
+    try:
+        seeds = [int(s) for s in arguments.seeds.split(",")] if arguments.seeds else None
+    except ValueError:
+        raise UserError(f"--seeds {arguments.seeds}: whole numbers are expected, for example 0,1,2") from None
+    options = {"address": arguments.address, "run_dir": arguments.run_dir, "seeds": seeds, "dry": arguments.dry_run}
+    study(arguments.study, arguments.overrides, **options)
+
+
+def _reward(arguments: argparse.Namespace) -> None:
+    from .evaluation.reward import train_score_models
+
+    config, kinds = load_config(arguments.recipe, arguments.overrides), [arguments.kind] if arguments.kind else SCORES
+    report = train_score_models(config, arguments.address, run_dir=arguments.run_dir, kinds=kinds)
+    for kind in kinds:
+        print(f"scores.{kind}.model={report[kind]['model']}")
+
+
 def _jobs(arguments: argparse.Namespace) -> None:
     from . import jobs
 
@@ -231,17 +259,6 @@ def _inspect(arguments: argparse.Namespace) -> None:
         tokenization = Tokenization(tokenizer, data)
     stage = arguments.rule if arguments.stage == "router" else arguments.stage
     print(describe(pairs, report, stage=stage, tokenization=tokenization, tokenizer=tokenizer, show=arguments.show))
-
-
-def _study(arguments: argparse.Namespace) -> None:
-    from .study.run import study
-
-    try:
-        seeds = [int(s) for s in arguments.seeds.split(",")] if arguments.seeds else None
-    except ValueError:
-        raise UserError(f"--seeds {arguments.seeds}: whole numbers are expected, for example 0,1,2") from None
-    options = {"address": arguments.address, "run_dir": arguments.run_dir, "seeds": seeds, "dry": arguments.dry_run}
-    study(arguments.study, arguments.overrides, **options)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ from .errors import UserError
 
 Stage = Literal["safety", "helpfulness", "router"]
 EXPERTS: tuple[str, str] = ("safety", "helpfulness")
+SCORES: tuple[str, str] = ("reward", "cost")
 
 
 class Section(BaseModel):
@@ -181,6 +182,18 @@ class Router(Section):
     group: Group = Group()
 
 
+class RewardModel(Section):
+    """The reward and the cost model that `midpo reward` trains."""
+
+    model: Model | None = None  # what they grow from; default: the recipe's model
+    data: Data | None = None  # default: the recipe's data
+    train: Literal["lora", "full"] = "lora"  # the score head, and a LoRA (merged when saved) or every parameter
+    lora: Lora = Lora()
+    layers: int | None = Field(None, gt=0)  # only the last so many decoder layers get the LoRA; no gradient goes below them
+    optim: Optim = Optim()
+    group: Group = Group()
+
+
 class DeepSpeed(Section):
     stage: Literal[0, 1, 2, 3] = 2
     offload_optimizer: Literal["none", "cpu"] = "none"
@@ -223,6 +236,7 @@ class Config(Section):
     lora: Lora = Lora()
     experts: Experts = Experts()
     router: Router = Router()
+    reward_model: RewardModel = RewardModel()
     deepspeed: DeepSpeed = DeepSpeed()
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()
@@ -259,10 +273,15 @@ class Config(Section):
         return self.seed if self.training_seed is None else self.training_seed
 
     def optim(self, stage: str) -> Optim:
-        return self.router.optim if stage == "router" else getattr(self.experts, stage).optim
+        return self._of(stage).optim
 
     def group(self, stage: str) -> Group:
-        return self.router.group if stage == "router" else getattr(self.experts, stage).group
+        return self._of(stage).group
+
+    def _of(self, stage: str) -> Expert | Router | RewardModel:
+        if stage in SCORES:
+            return self.reward_model
+        return self.router if stage == "router" else getattr(self.experts, stage)
 
 
 def shipped_recipes() -> list[str]:

@@ -13,8 +13,11 @@ Everything is one loss (B pairs, log-probabilities in nats, summed over a respon
 | B-DPO     | balance_weights     | 0                          | gradient_scale   |
 | MODPO     | modpo_margin's factor, twice | modpo_margin's margin | 1           |
 
+Score models have losses of their own: bradley_terry_loss and cost_loss.
+
 Sources: DPO, arXiv 2305.18290, eq. 7; MidPO (SPE-DPO), arXiv 2506.02460; B-DPO, arXiv 2603.22829; MODPO, arXiv 2310.03708;
-cDPO's label smoothing, as in DPO's follow-up note. "(ours)" marks a choice that the papers leave open.
+Safe RLHF (score models), arXiv 2310.12773; cDPO's label smoothing, as in DPO's follow-up note. "(ours)" marks a choice that the
+papers leave open.
 """
 
 from __future__ import annotations
@@ -117,6 +120,27 @@ def gradient_scale(w_chosen: Tensor, w_rejected: Tensor, *, rule: str) -> Tensor
     if rule == "imbalance":
         return torch.minimum(w_chosen, w_rejected) / torch.maximum(w_chosen, w_rejected)
     raise ValueError(f"gradient_scale: rule is {rule!r}, allowed are 'none', 'gradient_norm', 'imbalance'")
+
+
+def bradley_terry_loss(chosen_score: Tensor, rejected_score: Tensor) -> Tensor:
+    """-log sigmoid(chosen - rejected) of each pair, [B]: a reward model's loss (Safe RLHF, arXiv 2310.12773, eq. 5 to 7).
+
+    Scores [B], higher is better.
+    """
+    return -F.logsigmoid(chosen_score - rejected_score)
+
+
+def cost_loss(safer_cost: Tensor, other_cost: Tensor, safer_sign: Tensor, other_sign: Tensor) -> Tensor:
+    """A cost model's loss of each pair, [B]: Bradley-Terry, and the sign of each cost (Safe RLHF, arXiv 2310.12773, eq. 5 to 7).
+
+    Args:
+        safer_cost, other_cost: [B], lower is safer.
+        safer_sign, other_sign: [B], +1 where the response is unsafe (c > 0 is wanted), -1 where it is safe (c < 0), and 0 where
+            nobody said: no term (ours).
+    """
+    order = bradley_terry_loss(other_cost, safer_cost)
+    of_safer, of_other = -F.logsigmoid(safer_sign * safer_cost), -F.logsigmoid(other_sign * other_cost)
+    return order + safer_sign.abs() * of_safer + other_sign.abs() * of_other
 
 
 def gate_prior(safety_gate: Tensor, helpfulness_gate: Tensor, mask: Tensor) -> Tensor:

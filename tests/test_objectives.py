@@ -11,6 +11,8 @@ from torch import Tensor
 
 from midpo_ray.objectives import (
     balance_weights,
+    bradley_terry_loss,
+    cost_loss,
     gate_prior,
     gradient_scale,
     homogeneous_margin,
@@ -221,3 +223,31 @@ def test_gate_prior():
     padded = torch.where(mask, safety, torch.tensor(9.0, dtype=torch.float64))
     assert torch.equal(gate_prior(padded, helpfulness, mask), gate_prior(safety, helpfulness, mask))  # padding does not count
     assert gate_prior(safety, helpfulness, torch.zeros(R, T)) == 0.0
+
+
+SIGNS = tuple([random.Random(seed + b).choice((-1.0, 0.0, 1.0)) for b in range(B)] for seed in (1000, 2000))
+COSTS = numbers(13, -6.0, 6.0), numbers(14, -6.0, 6.0)
+
+
+def test_bradley_terry_loss():
+    got = bradley_terry_loss(*map(tensor, COSTS))
+    torch.testing.assert_close(got, tensor([softplus(r - c) for c, r in zip(*COSTS, strict=True)]), **EXACT)
+
+
+def test_cost_loss():
+    expected = []
+    for safer, other, safer_sign, other_sign in zip(*COSTS, *SIGNS, strict=True):
+        terms = [softplus(-s * c) for s, c in ((safer_sign, safer), (other_sign, other)) if s]
+        expected.append(softplus(safer - other) + sum(terms))
+    got = cost_loss(*map(tensor, COSTS), *map(tensor, SIGNS))
+    torch.testing.assert_close(got, tensor(expected), **EXACT)
+    nobody = tensor([0.0] * B)
+    unsigned = cost_loss(*map(tensor, COSTS), nobody, nobody)
+    assert torch.equal(unsigned, bradley_terry_loss(tensor(COSTS[1]), tensor(COSTS[0])))
+
+
+def test_cost_loss_moves_costs_to_their_side_of_zero():
+    costs = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+    cost_loss(*costs, tensor([-1.0, 1.0, 0.0]), tensor([1.0, 1.0, 0.0])).sum().backward()
+    assert costs.grad is not None
+    assert costs.grad.tolist() == [[1.0, 0.0, 0.5], [-1.0, -1.0, -0.5]]  # a gradient above 0 lowers the cost

@@ -53,18 +53,35 @@ def load_base(model: Model, device: torch.device | str | None = None) -> PreTrai
         UserError: the path is no causal LM, or the hub does not have it here.
     """
     from transformers import AutoModelForCausalLM
+
+    return _load(AutoModelForCausalLM, "causal language model", model, device)
+
+
+def load_classifier(model: Model, device: torch.device | str | None = None) -> PreTrainedModel:
+    """The same decoder as a classifier of one label, whose head is new where the model has none."""
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging as transformers_logging
+
+    said = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # that the head is new is no news
+    try:
+        return _load(AutoModelForSequenceClassification, "sequence classifier", model, device, num_labels=1)
+    finally:
+        transformers_logging.set_verbosity(said)
+
+
+def _load(auto: Any, what: str, model: Model, device: torch.device | str | None, **settings: Any) -> PreTrainedModel:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     if model.trust_remote_code:
         logging.getLogger("midpo_ray").warning("model %s: code from its repository is run (trust_remote_code)", model.path)
-    attention: str | None = model.attention
-    if attention == "auto":
-        attention = "flex_attention" if torch.device(device or "cpu").type == "cuda" else None
-    with _explained(model, "causal language model"):
-        base = AutoModelForCausalLM.from_pretrained(
-            model.path, dtype=getattr(torch, model.dtype), attn_implementation=attention, use_safetensors=True, **_source(model)
-        )
+    settings |= {"dtype": getattr(torch, model.dtype), "use_safetensors": True, **_source(model)}
+    settings["attn_implementation"] = model.attention
+    if model.attention == "auto":
+        settings["attn_implementation"] = "flex_attention" if torch.device(device or "cpu").type == "cuda" else None
+    with _explained(model, what):
+        base = auto.from_pretrained(model.path, **settings)
     base.requires_grad_(False)
     return (base if device is None else base.to(device)).eval()
 
@@ -128,8 +145,9 @@ def _sha256(file: Path) -> str:
 # --- adapters ---------------------------------------------------------------------------------------------------------------
 
 
-def check_targets(model: Model, lora: Lora) -> None:
-    """Raises UserError where a target module is in no Linear's name; looks at the architecture, loads no weight."""
+def check_targets(model: Model, lora: Lora, layers: int | None = None) -> None:
+    """Raises UserError where a target module is in no Linear's name, or where there are not so many ``layers``; looks at the
+    architecture, loads no weight."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with _explained(model, "causal language model"):
@@ -137,6 +155,9 @@ def check_targets(model: Model, lora: Lora) -> None:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
     _check_targets(skeleton, lora.target_modules, model.path)
+    there = config.get_text_config().num_hidden_layers
+    if layers is not None and layers > there:
+        raise UserError(f"reward_model.layers is {layers}, {model.path} has {there}")
 
 
 def _check_targets(model: nn.Module, targets: Iterable[str], name: str) -> None:
@@ -147,11 +168,17 @@ def _check_targets(model: nn.Module, targets: Iterable[str], name: str) -> None:
             raise UserError(f"lora.target_modules: {target!r} matches no Linear of {name}; it has {there}")
 
 
-def add_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
+def add_lora(
+    model: PreTrainedModel, lora: Lora, seed: int, *, task: str | None = "CAUSAL_LM", layers: list[int] | None = None
+) -> PeftModel:
     """The model with a fresh adapter, which alone is trainable; at first it changes nothing.
 
     A is drawn as PEFT draws it (Kaiming uniform), but by ``seed`` alone, whatever the device and the number of ranks; B is 0.
     The adapter has the model's dtype.
+
+    Args:
+        task: PEFT's task type; None for a model that is no causal LM.
+        layers: the decoder layers that get it; default: all.
 
     Raises:
         UserError: a target module is in no Linear's name; it names those that exist.
@@ -164,7 +191,8 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a fraction is fine
         lora_dropout=lora.dropout,
         target_modules=list(lora.target_modules),
-        task_type="CAUSAL_LM",
+        layers_to_transform=layers,
+        task_type=task,
     )
     adapted = get_peft_model(model, settings, autocast_adapter_dtype=False)
     generator = torch.Generator().manual_seed(seed)

@@ -17,14 +17,14 @@ from torch.utils.checkpoint import checkpoint
 
 from ..data.batching import TokenBatch
 from ..errors import UserError
-from . import attention
+from .decoder import TreeDecoder
 
 CHUNK = 1 << 23  # logits that exist at once
 # What a model may do to its logits that LogProbHead does not know, by the name of its setting
 UNKNOWN = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 
 
-class ResponseLogProbs(nn.Module):
+class ResponseLogProbs(TreeDecoder):
     """TokenBatch -> [S] float32: the log-probability of each response in nats, summed over its tokens.
 
     Args:
@@ -36,9 +36,8 @@ class ResponseLogProbs(nn.Module):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        causal = self._causal
+        super().__init__(model)
+        causal = self._model
         config = causal.config.get_text_config()
         for key in UNKNOWN:
             if getattr(config, key, None) not in (None, 1, 1.0):
@@ -52,60 +51,11 @@ class ResponseLogProbs(nn.Module):
                 )
             head = LogProbHead(head, getattr(config, "final_logit_softcapping", None))
             causal.set_output_embeddings(head)
-        if config._attn_implementation == "sdpa" and causal.device.type == "cpu":
-            attention.register()
-            causal.set_attn_implementation(attention.NAME)
-        self._windows = _windows(config, causal.name_or_path)
-
-    @property
-    def _causal(self) -> Any:
-        """The Hugging Face model within; not registered a second time, so that parameters keep one name."""
-        from transformers import PreTrainedModel
-
-        return next(module for module in self.model.modules() if isinstance(module, PreTrainedModel))
 
     def forward(self, batch: TokenBatch) -> Tensor:
-        decoder = self._causal.get_decoder()
-        hidden = decoder(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **self._attention(batch)
-        ).last_hidden_state
-        hidden = hidden.flatten(0, 1).index_select(0, batch.predict_index)  # [N, D]
-        log_probabilities = self._causal.get_output_embeddings()(hidden, batch.labels)
+        hidden = self.hidden(batch).index_select(0, batch.predict_index)  # [N, D]
+        log_probabilities = self._model.get_output_embeddings()(hidden, batch.labels)
         return log_probabilities.new_zeros(batch.responses).index_add(0, batch.owner, log_probabilities)
-
-    def _attention(self, batch: TokenBatch) -> dict[str, Any]:
-        """The mask as the model's attention takes it; one for each kind of layer where windows differ and matter."""
-        if self._causal.get_decoder().config._attn_implementation == attention.NAME:
-            nothing = torch.zeros(1, 1, 1, 1, device=batch.input_ids.device)  # keeps transformers from making a mask
-            return {"attention_mask": nothing, "tree": attention.Tree(batch)}
-        length = batch.input_ids.shape[1]
-        windows = {kind: w if w is not None and w < length else None for kind, w in self._windows.items()}
-        masks = {window: self._mask(batch, window) for window in set(windows.values())}
-        same = len(masks) == 1
-        return {"attention_mask": masks.popitem()[1] if same else {kind: masks[window] for kind, window in windows.items()}}
-
-    def _mask(self, batch: TokenBatch, window: int | None) -> Any:
-        kind = self._causal.get_decoder().config._attn_implementation
-        if kind == "eager":
-            return attention.bias(batch, window, self._causal.dtype)
-        if kind == "flex_attention":
-            return attention.block_mask(batch, window)
-        if kind == "sdpa":
-            return batch.mask(window)
-        raise UserError(f"model.attention is {kind}, which takes no tree of responses: use auto, sdpa, eager or flex_attention")
-
-
-def _windows(config: Any, name: str) -> dict[str, int | None]:
-    """Kind of attention layer -> how many positions it sees, itself included; None is all."""
-    window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or [])
-    if unknown := kinds - {"full_attention", "sliding_attention"}:
-        raise UserError(
-            f"model {name}: its layers are of kind {', '.join(sorted(unknown))}; full_attention and sliding_attention are known"
-        )
-    if not kinds:
-        return {"all": window}
-    return {kind: window if kind == "sliding_attention" else None for kind in kinds}
 
 
 class LogProbHead(nn.Linear):

@@ -110,6 +110,26 @@ def conversation(prompt: Sequence[tuple[str, str]], eos: str) -> str:
     return text
 
 
+def encode_chats(tokenizer: Any, prompts: Prompts, responses: Sequence[str], max_length: int) -> list[list[int]]:
+    """Ids of each conversation in the tokenizer's chat template, tokenised as one text; its end is cut where it is long."""
+    from jinja2 import TemplateError
+
+    texts, ids = [], []
+    for prompt, response in zip(prompts, responses, strict=True):
+        messages = [{"role": role, "content": content} for role, content in (*prompt, ("assistant", response))]
+        try:
+            texts.append(tokenizer.apply_chat_template(messages, tokenize=False))
+        except TemplateError as error:
+            start = plain_text(prompt)[:60]
+            raise UserError(
+                f"prompt {start!r}: the tokenizer's chat template does not take this conversation ({error})"
+            ) from None
+    for at in range(0, len(texts), 1024):  # bounded memory: the tokenizer keeps far more than ids of what it is given
+        part = texts[at : at + 1024]
+        ids += tokenizer(part, add_special_tokens=False, truncation=True, max_length=max_length)["input_ids"]
+    return ids
+
+
 class _ModelScorer:
     """A score model or a classifier behind one call."""
 
@@ -117,13 +137,14 @@ class _ModelScorer:
         from transformers import AutoConfig, AutoTokenizer
 
         assert scorer.model is not None
-        self.name, self.max_length, self.batch_tokens, self.device = scorer.model, scorer.max_length, batch_tokens, device
+        self.name, self.batch_tokens, self.device = scorer.model, batch_tokens, device
         try:
             self.config = AutoConfig.from_pretrained(scorer.model, trust_remote_code=scorer.trust_remote_code)
             self.tokenizer = AutoTokenizer.from_pretrained(scorer.model, trust_remote_code=scorer.trust_remote_code)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"scorer {scorer.model}: no model with a tokenizer is found there ({reason})") from None
+        self.max_length = min(scorer.max_length, self.tokenizer.model_max_length)
         architectures = list(self.config.architectures or [])
         dtype = getattr(torch, scorer.dtype)
         if any(name.endswith(("ForScore", "ModelForScore")) for name in architectures):
@@ -192,10 +213,7 @@ class _ModelScorer:
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}
 
     def _encode_chat(self, prompt: Sequence[tuple[str, str]], response: str) -> dict[str, list[int]]:
-        turns = [*prompt, ("assistant", response)]
-        messages = [{"role": role, "content": content} for role, content in turns]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False)
-        ids = self.tokenizer(text, add_special_tokens=False, truncation=True, max_length=self.max_length)["input_ids"]
+        (ids,) = encode_chats(self.tokenizer, [prompt], [response], self.max_length)
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}
 
     def _encode_pair(self, prompt: Sequence[tuple[str, str]], response: str) -> dict[str, list[int]]:

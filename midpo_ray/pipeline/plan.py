@@ -21,6 +21,8 @@ FOLDERS = {
     "dual": "dual",
     "router": "router",
     "evaluation": "evaluation",
+    "reward": "reward/reward",
+    "cost": "reward/cost",
 }
 BUILTIN = "builtin:"
 
@@ -51,12 +53,7 @@ def plan(config: Config, manifest: Manifest, until: str | None = None) -> list[S
 
 def fingerprints(config: Config) -> dict[str, dict[str, str]]:
     """stage -> named parts. A stage repeats when one of its parts changes; placement, logging and checkpoints are no parts."""
-    version = {"version": __version__, "seed": str(config.seed)}
-    tokens = {
-        **version,
-        "data": digest([(content_id(s.path), s) for s in config.data.sets], config.data.model_dump(exclude={"sets"})),
-        "model": digest(content_id(config.model.path), config.model),
-    }
+    tokens = inputs(config)
     scorers = {s: scorer_id(getattr(config.scores, s)) for s in ("reward", "cost")}
     parts = {"score": {**tokens, **scorers}}
     seed = str(config.seed_of_training)
@@ -84,6 +81,16 @@ def fingerprints(config: Config) -> dict[str, dict[str, str]]:
     if config.evaluate:
         parts["evaluation"] = {"router": digest(parts["router"]), "evaluate": digest(config.evaluate)}
     return parts
+
+
+def inputs(config: Config) -> dict[str, str]:
+    """The parts that every stage hangs on: version, seed, data and model, by content."""
+    return {
+        "version": __version__,
+        "seed": str(config.seed),
+        "data": digest([(content_id(s.path), s) for s in config.data.sets], config.data.model_dump(exclude={"sets"})),
+        "model": digest(content_id(config.model.path), config.model),
+    }
 
 
 def content_id(path: str) -> str:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,14 +13,11 @@ from ..config import EXPERTS, Config
 from ..errors import UserError
 from ..storage import Storage
 from . import cluster
-from .live import Live
 from .manifest import Manifest
 from .plan import FOLDERS, Step, plan
-from .watch import STOP, Faults
+from .train import held_together, train
 
 Say = Callable[[str], None]
-NOTICE = 25.0  # seconds between SIGTERM and the end, for the workers' last checkpoint: spot machines get 30 and more
-LOOK = 2.0  # seconds between looks at the nodes and at the workers' last words
 
 
 @dataclass
@@ -111,13 +104,8 @@ class _Job:
 
     def check_cluster(self) -> None:
         """Wait for, or refuse at once, what the cluster does not have; decide whether both experts fit together."""
-        experts = [s for s in EXPERTS if s in self.todo]
-        stages = [s for s in (*EXPERTS, "router") if s in self.todo]
-        cluster.wait_for([(s, self.config.group(s)) for s in stages], self.config.cluster.resources_timeout, self.say)
-        unplaced = cluster.hold([self.config.group(s) for s in experts], cluster.nodes())
-        self.together = unplaced is None
-        if len(experts) == 2 and not self.together:
-            self.say("the cluster cannot hold both experts at the same time: they run one after the other")
+        self.stages = [self.todo[s] for s in (*EXPERTS, "router") if s in self.todo]
+        self.together = held_together(self.config, [s.stage for s in self.stages], "experts", self.say)
 
     def execute(self) -> None:
         if "score" in self.todo:
@@ -127,8 +115,8 @@ class _Job:
             tables["dual"] = "dual"
         if tables:
             self._stage_tables(list(tables))
-        if any(s in self.todo for s in (*EXPERTS, "router")):
-            self._train()
+        if self.stages:
+            train(self.resolved, self.run, self.stages, self.together, self._commit, self.say)
         if "evaluation" in self.todo:
             self._evaluate()
 
@@ -159,66 +147,6 @@ class _Job:
             if stage == "dual" and "dual" in self.todo:
                 self._commit("dual", time.monotonic() - started)
 
-    def _train(self) -> None:
-        """Launch the experts (together where they fit) and the router behind both; commit each as it ends.
-
-        An expert's failure does not disturb the other one: what can finish does, and is kept, before the failure is told.
-        """
-        import ray
-
-        from .stages import launch, stage_spec
-
-        waiting = [s for s in (*EXPERTS, "router") if s in self.todo]
-        running: dict[Any, str] = {}
-        failures: list[Exception] = []
-        self.run.delete(STOP)
-        patience, faults = cluster.Patience(self.config.cluster.resources_timeout, self.say), Faults(self.run)
-        look, end = time.monotonic() + LOOK, math.inf
-        with Live(self.run, waiting, self.say) as live, _on_sigterm() as noticed:
-            while (waiting or running) and time.monotonic() < end:
-                while waiting and not noticed.is_set() and self._may_start(waiting[0], list(running.values()), failures):
-                    stage = waiting.pop(0)
-                    spec = stage_spec(self.resolved, stage, self.run, self.todo[stage].digest)
-                    depends = [ref for ref, s in running.items() if stage == "router" or not self.together]
-                    running[launch(spec, depends)] = stage
-                if not running:
-                    break
-                ready, _ = ray.wait(list(running), timeout=0.5)
-                live.update()
-                for ref in ready:
-                    stage = running.pop(ref)
-                    try:
-                        outcome = ray.get(ref)
-                        if "stopped" not in outcome:
-                            self._commit(stage, outcome["seconds"])
-                    except (ray.exceptions.RayError, UserError) as error:
-                        failures.append(_told(error, stage))
-                if noticed.is_set() and end == math.inf:
-                    self.say("told to stop: waiting for a last checkpoint")
-                    self.run.write(STOP, b"")
-                    end = time.monotonic() + NOTICE
-                if time.monotonic() >= look:
-                    look = time.monotonic() + LOOK
-                    for line in faults.new():
-                        self.say(line)
-                    there = cluster.nodes()
-                    for ref, stage in list(running.items()):
-                        busy = stage != "router" or len(running) == 1  # it may be queued behind the experts
-                        if busy and (lack := patience.over(stage, self.config.group(stage), there)):
-                            ray.cancel(ref, force=True)
-                            del running[ref]
-                            failures.append(lack)
-        if noticed.is_set():
-            raise KeyboardInterrupt
-        if failures:
-            raise failures[0]
-
-    def _may_start(self, stage: str, running: list[str], failures: list[Exception]) -> bool:
-        """Experts start at once, or in turn; the router is queued behind both as soon as they run, and not behind a failure."""
-        if stage == "router":
-            return not failures
-        return self.together or not running
-
     def _evaluate(self) -> None:
         from .prepare import build_miniature
         from .stages import evaluate
@@ -233,29 +161,6 @@ class _Job:
     def _commit(self, stage: str, seconds: float) -> None:
         self.manifest.commit(stage, self.todo[stage].parts, FOLDERS[stage], seconds)
         self.say(f"{stage}: done in {seconds:.1f} s")
-
-
-@contextlib.contextmanager
-def _on_sigterm() -> Iterator[threading.Event]:
-    """Set when SIGTERM comes (a spot machine's notice, a stopped job) instead of dying at once."""
-    noticed = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield noticed
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: noticed.set())
-    try:
-        yield noticed
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _told(error: Exception, stage: str) -> UserError:
-    """A stage's failure as one line; the whole story is in the run's logs."""
-    cause = getattr(error, "cause", None) or error
-    if isinstance(cause, UserError):
-        return cause
-    last = [line for line in str(cause).splitlines() if line.strip()]
-    return UserError(f"stage {stage} failed: {last[-1].strip() if last else cause.__class__.__name__}")
 
 
 def local_run(run_dir: str) -> Path:

@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from ..config import EXPERTS, Config
+from ..config import EXPERTS, SCORES, Config
 from ..errors import UserError
 from ..storage import Storage
 from .plan import FOLDERS
@@ -105,14 +105,15 @@ def _train(spec: dict[str, Any]) -> dict[str, Any]:
     from ..training.checkpoint import Checkpoints
     from ..training.engine import trained_state
     from ..training.loop import fit
-    from ..training.table import StageTable
+    from ..training.table import ScoreTable, StageTable
 
     config, stage, run = Config.model_validate(spec["config"]), spec["stage"], Storage(spec["run"])
     group, optim, context = config.group(stage), config.optim(stage), get_context()
     torch.set_num_threads(max(1, int(group.cpus_per_worker)))
     device = get_device()
     work = run / f"{FOLDERS[stage]}.work"
-    table = StageTable.load(run / "dual" if stage == "router" else work, "pairs.parquet")
+    tables = ScoreTable if stage in SCORES else StageTable
+    table = tables.load(run / "dual" if stage == "router" else work, "pairs.parquet")
     rank, node = context.get_world_rank(), get_runtime_context().get_node_id()
     first = rank == 0
     owner = (f"{FOLDERS[stage]}.work/owner", uuid.uuid4().hex.encode()) if first else None
@@ -140,9 +141,9 @@ def _train(spec: dict[str, Any]) -> dict[str, Any]:
         if not result.finished:
             return {"stopped": result.step, "again": not run.exists(STOP)}
         watch.beat(result.step, "save")
-        state = trained_state(engine, model, keep_dtype=True)
+        state = trained_state(engine, model, keep_dtype=stage not in SCORES)
         if first:
-            save(stage, model, state, run, Path(scratch))
+            save(config, stage, model, state, run, Path(scratch))
             work.delete()
     return {"stage": stage}
 
@@ -159,21 +160,25 @@ def build(config: Config, stage: str, run: Storage, device: Any, scratch: Path) 
     import torch.distributed as dist
 
     from ..models.logprobs import ResponseLogProbs
+    from ..models.score_model import ResponseScores
     from ..training import engine as engines
 
     optim = config.optim(stage)
     settings = engines.deepspeed_settings(config.deepspeed, optim, config.model.dtype, dist.get_world_size())
     keep = engines.prepare(settings, on_gpu=device.type == "cuda")
     model = build_model(config, stage, run, device, scratch)
-    engine = engines.deepspeed(ResponseLogProbs(model.model if stage == "router" else model), optim, settings, device)
+    module = ResponseScores(model) if stage in SCORES else ResponseLogProbs(model.model if stage == "router" else model)
+    engine = engines.deepspeed(module, optim, settings, device)
     del keep
     return model, engine, make_step(config, stage, engine, model)
 
 
 def make_step(config: Config, stage: str, policy: Any, model: Any) -> Any:
-    """The stage's training step over ``policy``, an engine or a ResponseLogProbs."""
-    from ..training.steps import ExpertStep, RouterStep
+    """The stage's training step over ``policy``, an engine or the module that one is of."""
+    from ..training.steps import ExpertStep, RouterStep, ScoreStep
 
+    if stage in SCORES:
+        return ScoreStep(policy, stage)
     if stage == "router":
         return RouterStep(policy, model, beta=config.router.beta, prior=config.router.prior)
     objective = getattr(config.experts, stage).objective
@@ -181,30 +186,36 @@ def make_step(config: Config, stage: str, policy: Any, model: Any) -> Any:
 
 
 def build_model(config: Config, stage: str, run: Storage, device: Any, scratch: Path) -> Any:
-    """The base with a fresh LoRA (a PeftModel), or the base with both frozen experts and fresh gates (a RoutedCausalLM)."""
+    """The base with a fresh LoRA (a PeftModel); with both frozen experts and fresh gates (a RoutedCausalLM); a score model."""
     from ..models.assembly import route
     from ..models.base import add_lora, load_base, load_tokenizer
+    from ..models.score_model import build_score_model
 
-    base = load_base(config.model, device=device)
-    if stage == "router":
+    if stage in SCORES:
+        model: Any = build_score_model(config, device)
+    elif stage == "router":
+        base = load_base(config.model, device=device)
         safety, helpfulness = (run.download(FOLDERS[name], scratch / name) for name in EXPERTS)
-        model: Any = route(
+        model = route(
             base, safety, helpfulness, config.router,
             tokenizer=load_tokenizer(config.model), data=config.data, base=config.model, seed=config.seed_of_training,
         )  # fmt: skip
     else:
-        model = add_lora(base, config.lora, seed=config.seed_of_training)
+        model = add_lora(load_base(config.model, device=device), config.lora, seed=config.seed_of_training)
     if config.optim(stage).gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 
-def save(stage: str, model: Any, state: dict[str, Any], run: Storage, scratch: Path) -> None:
-    """Write the stage's result whole under its final name: a plain PEFT adapter, or the router."""
+def save(config: Config, stage: str, model: Any, state: dict[str, Any], run: Storage, scratch: Path) -> None:
+    """Write the stage's result whole under its final name: a plain PEFT adapter, the router, or a classifier."""
     from ..models.assembly import save_router
+    from ..models.score_model import save_score_model
 
     folder = scratch / "result"
-    if stage == "router":
+    if stage in SCORES:
+        save_score_model(config, state, folder)
+    elif stage == "router":
         save_router(model, folder, state)
     else:
         model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)

@@ -19,7 +19,7 @@ from .checkpoint import Checkpoint, Checkpoints
 from .engine import Engine
 from .log import Metrics
 from .plan import Plan, allowed_deviation, due, learning_rate, step_seed
-from .steps import ExpertStep, StepBatch
+from .steps import Step, StepBatch
 from .table import StageTable
 from .window import Window, means, total
 
@@ -38,7 +38,7 @@ class Result:
 def fit(
     *,
     engine: Engine,
-    step: ExpertStep,
+    step: Step,
     table: StageTable,
     optim: config.Optim,
     seed: int,
@@ -55,7 +55,7 @@ def fit(
     """Trains; every rank calls it alike. The caller then takes the result by ``trained_state(engine, of=model)``.
 
     Args:
-        step: an ExpertStep or a RouterStep whose policy is ``engine``.
+        step: an ExpertStep, RouterStep or ScoreStep whose policy is ``engine``.
         metrics: on rank 0; None on the others.
         dtype: of the model, for the tolerance of the first check.
         node: this rank's node, for the time file.
@@ -121,9 +121,7 @@ def fit(
     return Result(last, plan.total, start)
 
 
-def resume(
-    engine: Engine, step: ExpertStep, feed: _Feed, window: Window, checkpoints: Checkpoints, metrics: Metrics | None
-) -> int:
+def resume(engine: Engine, step: Step, feed: _Feed, window: Window, checkpoints: Checkpoints, metrics: Metrics | None) -> int:
     """The steps already taken: state, sums and metrics files stand as they did after them. 0 where there is no checkpoint."""
     found: Checkpoint | None = engine.group.share(checkpoints.resume() if engine.group.rank == 0 else None)
     done = found.step if found else 0
@@ -153,7 +151,7 @@ def save(
         raise fault
 
 
-def check_untrained(step: ExpertStep, feed: _Feed, allowed: float) -> None:
+def check_untrained(step: Step, feed: _Feed, allowed: float) -> None:
     """Before the first step the loss is known: softplus(m) with its scale and smoothing, ln 2 for DPO. All ranks call it.
 
     Raises:
@@ -175,7 +173,7 @@ def check_untrained(step: ExpertStep, feed: _Feed, allowed: float) -> None:
 
 
 @torch.no_grad()
-def validate(engine: Engine, step: ExpertStep, held_out: StageTable, optim: config.Optim) -> dict[str, float]:
+def validate(engine: Engine, step: Step, held_out: StageTable, optim: config.Optim) -> dict[str, float]:
     """Sums over the held-out pairs; all ranks call it."""
     plan, window = Plan(held_out.lengths(optim.layout), optim, 0), Window(engine.group)
     feed = _Feed(engine, held_out, plan)

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from ..data.batching import TokenBatch
-from ..objectives import gate_prior, preference_loss
+from ..objectives import bradley_terry_loss, cost_loss, gate_prior, preference_loss
 
 if TYPE_CHECKING:
     from ..models.routed import RoutedCausalLM
@@ -28,8 +28,17 @@ PER_TOKEN = ("safety_gate", "helpfulness_gate", "prior")  # metrics summed over 
 @dataclass
 class StepBatch:
     tokens: TokenBatch  # chosen of pair b is response 2b, rejected 2b + 1
-    signals: Mapping[str, Tensor]  # reference_chosen, reference_rejected, margin, weight_chosen, weight_rejected, scale, each [B]
+    signals: Mapping[str, Tensor]  # the table's, each [B]; an expert's: reference_chosen, reference_rejected, margin, ...
     pairs_per_token: float = 0.0  # of the global batch that this is a part of: its pairs / its real tokens
+
+
+class Step(Protocol):
+    beta: float  # how many nats of loss a unit of what the model gives is worth
+
+    def __call__(self, batch: StepBatch) -> tuple[Tensor, Metrics]: ...
+
+    def deviation(self, batch: StepBatch) -> Tensor:
+        """[2]: sums over the pairs of |loss - its known value before the first step|, and of that value."""
 
 
 class ExpertStep:
@@ -106,6 +115,48 @@ class RouterStep(ExpertStep):
         return self.model.force_gates(0.0, 0.0)
 
 
+class ScoreStep:
+    """A reward or a cost model's step: the chosen response is the better one, or the safer one.
+
+    Args:
+        policy: [S] scores, zero as long as nothing is trained.
+        kind: "reward" (higher is better) or "cost" (lower is safer, with a sign term).
+    """
+
+    def __init__(self, policy: Policy, kind: str) -> None:
+        self.policy, self.kind, self.beta = policy, kind, 1.0
+
+    def __call__(self, batch: StepBatch) -> tuple[Tensor, Metrics]:
+        scores = self.policy(batch.tokens)
+        chosen, rejected = scores[0::2], scores[1::2]
+        losses = self._losses(chosen, rejected, batch)
+        with torch.no_grad():
+            margin = chosen - rejected if self.kind == "reward" else rejected - chosen
+            metrics = {
+                "loss": losses.sum(),
+                "accuracy": (margin > 0).sum(),
+                "reward_margin": margin.sum(),
+                "score_chosen": chosen.sum(),
+                "score_rejected": rejected.sum(),
+                **_counts(batch, len(losses)),
+            }
+        return losses.sum(), metrics
+
+    def deviation(self, batch: StepBatch) -> Tensor:
+        """Known are ln 2 for the order, and ln 2 for each sign."""
+        with torch.no_grad():
+            scores = self.policy(batch.tokens)
+            losses = self._losses(scores[0::2], scores[1::2], batch)
+        zero = torch.zeros_like(losses)
+        expected = self._losses(zero, zero, batch)
+        return torch.stack([(losses - expected).abs().sum(), expected.sum()])
+
+    def _losses(self, chosen: Tensor, rejected: Tensor, batch: StepBatch) -> Tensor:
+        if self.kind == "reward":
+            return bradley_terry_loss(chosen, rejected)
+        return cost_loss(chosen, rejected, batch.signals["sign_chosen"], batch.signals["sign_rejected"])
+
+
 def preference(log_probabilities: Tensor, batch: StepBatch, beta: float, label_smoothing: float) -> tuple[Tensor, Metrics]:
     """(loss of each pair [B], sums over the pairs) from the policy's [S] log-probabilities."""
     signals = batch.signals
@@ -117,7 +168,6 @@ def preference(log_probabilities: Tensor, batch: StepBatch, beta: float, label_s
     )  # fmt: skip
     with torch.no_grad():
         delta_chosen, delta_rejected = chosen - signals["reference_chosen"], rejected - signals["reference_rejected"]
-        real = (batch.tokens.document_ids >= 0).sum()
         metrics = {
             "loss": losses.sum(),
             "accuracy": (beta * delta_chosen > beta * delta_rejected).sum(),
@@ -128,8 +178,11 @@ def preference(log_probabilities: Tensor, batch: StepBatch, beta: float, label_s
             "weight_rejected": weights[1].sum(),
             "margin": signals["margin"].sum(),
             "scale": signals["scale"].sum(),
-            "pairs": torch.full_like(real, len(losses)),
-            "tokens": real,
-            "padding": batch.tokens.document_ids.numel() - real,
+            **_counts(batch, len(losses)),
         }
     return losses, metrics
+
+
+def _counts(batch: StepBatch, pairs: int) -> Metrics:
+    real = (batch.tokens.document_ids >= 0).sum()
+    return {"pairs": torch.full_like(real, pairs), "tokens": real, "padding": batch.tokens.document_ids.numel() - real}

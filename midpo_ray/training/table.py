@@ -15,27 +15,33 @@ from ..storage import Storage
 
 TOKENS = ("prompt", "chosen", "rejected")
 SIGNALS = ("reference_chosen", "reference_rejected", "margin", "weight_chosen", "weight_rejected", "scale")
-SCHEMA = pa.schema(
-    [pa.field("id", pa.string())]  # FILE:LINE, for messages
-    + [pa.field(name, pa.list_(pa.int32())) for name in TOKENS]
-    + [pa.field(name, pa.float64()) for name in SIGNALS]  # margin: lambda applied, 0 where none; weights and scale: 1 where none
-    + [pa.field("validation", pa.bool_())]
-)
+
+
+def schema(signals: Sequence[str]) -> pa.Schema:
+    return pa.schema(
+        [pa.field("id", pa.string())]  # FILE:LINE, for messages
+        + [pa.field(name, pa.list_(pa.int32())) for name in TOKENS]
+        + [pa.field(name, pa.float64()) for name in signals]
+        + [pa.field("validation", pa.bool_())]
+    )
 
 
 class StageTable:
-    """One row a pair (B of them): its tokens, and what frozen models say of it; see ``SCHEMA``.
+    """One row a pair (B of them): its tokens, and what frozen models say of it; see ``schema``.
 
     The columns stay in Arrow's memory; Python lists are made for the rows of one batch at a time.
     """
 
+    names: tuple[str, ...] = SIGNALS  # margin: lambda applied, 0 where none; weights and scale: 1 where none
+
     def __init__(self, table: pa.Table) -> None:
-        missing = [name for name in SCHEMA.names if name not in table.column_names]
+        wanted = schema(self.names)
+        missing = [name for name in wanted.names if name not in table.column_names]
         if missing:
             raise ValueError(f"stage table: columns {', '.join(missing)} are missing")
-        self.arrow = table.select(SCHEMA.names).cast(SCHEMA).combine_chunks()
+        self.arrow = table.select(wanted.names).cast(wanted).combine_chunks()
         self._tokens = {name: _lists(self.arrow[name]) for name in TOKENS}
-        columns = [self.arrow[name].to_numpy() for name in SIGNALS]
+        columns = [self.arrow[name].to_numpy() for name in self.names]
         self._signals = torch.from_numpy(np.stack(columns)).to(torch.float32)  # [signal, B]
         if not bool(torch.isfinite(self._signals).all()):
             row = int((~torch.isfinite(self._signals)).any(dim=0).nonzero()[0])
@@ -61,7 +67,7 @@ class StageTable:
     def split(self) -> tuple[StageTable, StageTable]:
         """(training rows, validation rows)."""
         held_out = self.arrow["validation"]
-        return StageTable(self.arrow.filter(pa.compute.invert(held_out))), StageTable(self.arrow.filter(held_out))
+        return type(self)(self.arrow.filter(pa.compute.invert(held_out))), type(self)(self.arrow.filter(held_out))
 
     def ids(self, indices: Sequence[int]) -> list[str]:
         """FILE:LINE of some rows."""
@@ -74,12 +80,18 @@ class StageTable:
 
     def signals(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Every signal of some rows, each [B] float32."""
-        return dict(zip(SIGNALS, self._signals[:, torch.as_tensor(list(indices), dtype=torch.long)], strict=True))
+        return dict(zip(self.names, self._signals[:, torch.as_tensor(list(indices), dtype=torch.long)], strict=True))
 
     def lengths(self, layout: str) -> list[int]:
         """Tokens of every pair as it stands in a batch: the prompt counts once, or twice where each response has its own row."""
         prompt, chosen, rejected = (self._tokens[name].lengths for name in TOKENS)
         return ((2 if layout == "padded" else 1) * prompt + chosen + rejected).tolist()
+
+
+class ScoreTable(StageTable):
+    """What a score model trains on: chosen is the better or the safer response."""
+
+    names = ("sign_chosen", "sign_rejected")  # +1 the response is unsafe, -1 it is safe, 0 nobody said
 
 
 class _lists:

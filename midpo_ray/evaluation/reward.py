@@ -1,0 +1,205 @@
+"""``midpo reward``: a reward and a cost model, trained on the cluster as the experts are, and what they are worth.
+
+<run>/reward/reward, <run>/reward/cost    classifiers of one label, with their tokenizer
+<run>/reward/report.json                  accuracy, sign, calibration on the held-out prompts
+<run>/reward/KIND.held_out.parquet        the scores that the report is made of
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from ..config import SCORES, Config, Scorer, digest
+from ..data.batching import Document
+from ..data.schema import Pair, prompt_key
+from ..data.views import is_validation
+from ..errors import UserError
+from ..pipeline import cluster
+from ..pipeline.manifest import Manifest
+from ..pipeline.plan import FOLDERS, Step, inputs, scorer_id
+from ..pipeline.prepare import resolve
+from ..pipeline.run import cache_folder, run_directory
+from ..pipeline.signals import write_table
+from ..pipeline.train import held_together, train
+from ..storage import Storage
+from .score_figures import figures, render
+
+Say = Callable[[str], None]
+REPORT = "reward/report.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One pair that is labelled for a kind; its document's first response is the better or the safer one."""
+
+    pair: Pair
+    chosen: int
+    document: Document
+    signs: tuple[float, float]  # of chosen and rejected: +1 unsafe, -1 safe, 0 not known
+    held_out: bool
+
+
+def train_score_models(
+    config: Config,
+    address: str | None = None,
+    *,
+    run_dir: str | None = None,
+    kinds: Sequence[str] = SCORES,
+    say: Say = print,
+) -> dict[str, Any]:
+    """Train what is missing of the reward and the cost model; the report's content, by kind.
+
+    Args:
+        config: its ``reward_model`` says from what and how; prompts are held out as in the run itself.
+        address, run_dir, say: as of ``pipeline.run.run``.
+
+    Raises:
+        UserError: bad input, told in one line; a model that is finished stays finished.
+    """
+    run = run_directory(config, run_dir)
+    if run.local is None:
+        raise UserError(f"{run.uri}: score models are measured where they are saved: name a local or shared --run-dir")
+    manifest = Manifest(run)
+    manifest.refuse_other(config)
+    scoring = scoring_config(config)
+    steps = [Step(kind, parts, manifest.why(kind, parts)) for kind in kinds for parts in [fingerprint(scoring, kind)]]
+    report: dict[str, Any] = json.loads(run.read(REPORT)) if run.exists(REPORT) else {}
+    stale = [s for s in steps if s.reason or report.get(s.stage, {}).get("digest") != s.digest]
+    if not stale:
+        say(f"nothing to do: {', '.join(kinds)} are done in {run.uri}")
+    else:
+        manifest.claim(config)
+        cache = cache_folder(config, run)
+        scoring = resolve(scoring, cache, say)
+        rows = read_rows(scoring, [s.stage for s in stale], say)
+        session = cluster.connect(address)
+        try:
+            _train(scoring, run, manifest, [s for s in stale if s.reason], rows, say)
+            for step in stale:
+                report[step.stage] = {"digest": step.digest, **_measure(scoring, run, cache, step.stage, rows[step.stage], say)}
+                run.write(REPORT, json.dumps(report, indent=1).encode())
+        finally:
+            if session is not None:
+                cluster.disconnect()
+    for kind in kinds:
+        say(render(kind, report[kind]))
+    return report
+
+
+def scoring_config(config: Config) -> Config:
+    """The recipe with the score models' own base and data in the place of the policy's."""
+    section = config.reward_model
+    return config.model_copy(update={"model": section.model or config.model, "data": section.data or config.data})
+
+
+def fingerprint(config: Config, kind: str) -> dict[str, str]:
+    section = config.reward_model.model_dump(exclude={"group", "model", "data"})
+    return {
+        **inputs(config),
+        "kind": kind,
+        "reward_model": digest(section),
+        "deepspeed": digest(config.deepspeed),
+        "seed of training": str(config.seed_of_training),
+    }
+
+
+def read_rows(config: Config, kinds: Sequence[str], say: Say) -> dict[str, list[Row]]:
+    """Each kind's labelled pairs, tokenised; all that a user's fault can spoil is tried here, before Ray starts."""
+    from ..data.read import read_pairs
+    from ..models.base import check_targets
+    from ..models.score_model import score_documents, scoring_tokenizer
+
+    tokenizer = scoring_tokenizer(config)
+    if config.reward_model.train == "lora":
+        check_targets(config.model, config.reward_model.lora, config.reward_model.layers)
+    pairs, report = read_pairs(config.data.sets, seed=config.seed)
+    rows: dict[str, list[Row]] = {}
+    for kind in kinds:
+        label = "better_response_id" if kind == "reward" else "safer_response_id"
+        labelled = [(p, c) for p in pairs if (c := p.better if kind == "reward" else p.safer) is not None]
+        responses = [(p.responses[c], p.responses[1 - c]) for p, c in labelled]
+        documents = score_documents(tokenizer, [p.prompt for p, _ in labelled], responses)
+        rows[kind] = [
+            Row(p, c, d, _signs(p, c), is_validation(p.prompt, config.data.validation, config.seed))
+            for (p, c), d in zip(labelled, documents, strict=True)
+            if d is not None
+        ]
+        left_out = Counter(report.dropped)
+        left_out[f"no {label}"] += len(pairs) - len(labelled)
+        left_out["the same within max_length"] += len(labelled) - len(rows[kind])
+        held_out = sum(row.held_out for row in rows[kind])
+        reasons = "".join(f", {count} {reason}" for reason, count in left_out.items() if count)
+        say(f"{kind}: {len(rows[kind])} pairs, {held_out} of them held out{reasons}")
+        if not 0 < held_out < len(rows[kind]):
+            what = "held out to measure the model on" if rows[kind] and not held_out else f"left to train on{reasons}"
+            raise UserError(
+                f"{config.data.sets[0].path}: no pair with {label} is {what}; data.validation is {config.data.validation}"
+            )
+    return rows
+
+
+def _signs(pair: Pair, chosen: int) -> tuple[float, float]:
+    first, second = ({None: 0.0, True: -1.0, False: 1.0}[pair.safe[i]] for i in (chosen, 1 - chosen))
+    return first, second
+
+
+def _train(config: Config, run: Storage, manifest: Manifest, todo: list[Step], rows: dict[str, list[Row]], say: Say) -> None:
+    if not todo:
+        return
+    for step in todo:
+        say(f"{step.stage}: to run, {step.reason}")
+        write_table(run / f"{FOLDERS[step.stage]}.work", "pairs.parquet", _table(rows[step.stage]))
+
+    def commit(kind: str, seconds: float) -> None:
+        manifest.commit(kind, next(s.parts for s in todo if s.stage == kind), FOLDERS[kind], seconds)
+        say(f"{kind}: done in {seconds:.1f} s")
+
+    together = held_together(config, [s.stage for s in todo], "score models", say)
+    train(config, run, todo, together, commit, say)
+
+
+def _table(rows: Sequence[Row]) -> pa.Table:
+    lists = pa.list_(pa.int32())
+    return pa.table(
+        {
+            "id": [row.pair.source for row in rows],
+            "prompt": pa.array([row.document.prefix for row in rows], lists),
+            "chosen": pa.array([row.document.suffixes[0] for row in rows], lists),
+            "rejected": pa.array([row.document.suffixes[1] for row in rows], lists),
+            "sign_chosen": [row.signs[0] for row in rows],
+            "sign_rejected": [row.signs[1] for row in rows],
+            "validation": [row.held_out for row in rows],
+        }
+    )
+
+
+def _measure(config: Config, run: Storage, cache: Storage, kind: str, rows: Sequence[Row], say: Say) -> dict[str, Any]:
+    """The figures of the saved model, read and used as any other scorer."""
+    from ..pipeline.score import distinct_items, score
+
+    folder = (run / FOLDERS[kind]).local
+    scorer = Scorer(model=str(folder), max_length=config.data.max_length)
+    scores = config.scores.model_copy(update={"reward": scorer, "cost": scorer})
+    held_out = [row for row in rows if row.held_out]
+    pairs = [row.pair for row in held_out]
+    documents = [(r.document.prefix, [r.document.suffixes[i != r.chosen] for i in (0, 1)]) for r in held_out]
+    items, fingerprints = distinct_items(pairs, documents), {kind: scorer_id(scorer)}
+    scored = score(config.model_copy(update={"scores": scores}), items, pairs, fingerprints, [], cache, say)
+    table = pa.table(
+        {
+            "id": [row.pair.source for row in held_out],
+            "prompt": [prompt_key(row.pair.prompt) for row in held_out],
+            "chosen": [scored.of(row.pair, row.chosen)[kind] for row in held_out],
+            "rejected": [scored.of(row.pair, 1 - row.chosen)[kind] for row in held_out],
+            "sign_chosen": [row.signs[0] for row in held_out],
+            "sign_rejected": [row.signs[1] for row in held_out],
+        }
+    )
+    write_table(run / "reward", f"{kind}.held_out.parquet", table)
+    return {"model": str(folder), "training_pairs": len(rows) - len(held_out), **figures(kind, table.to_pydict())}
