@@ -253,10 +253,11 @@ def test_a_killed_evaluation_goes_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_on_ray(tmp_path, run, prompts):
+def test_on_ray(tmp_path, run, monkeypatch):
     """Actors of Ray Data give what this process gives; a user's fault comes back as itself."""
     import ray
 
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # so that actors find Fails
     rows = [{"key": str(i), "messages": [["user", p]], "seed": 0, "map": False} for i, (p, _, _) in enumerate(PROMPTS)]
     work = Job("answers", Generator, {"contender": vars(resolve(str(run))), "options": {"max_new_tokens": 6}}, 2)
     told: list[str] = []

@@ -68,7 +68,7 @@ def bootstrap(
     values = np.asarray(values, dtype=np.float64)
     if not len(values):
         return math.nan, math.nan
-    of = {"mean": np.mean, "median": np.median}[statistic]
+    of: Any = {"mean": np.mean, "median": np.median}[statistic]
     if np.ptp(values) == 0:
         return float(of(values)), float(of(values))
     rng = np.random.default_rng(seed)

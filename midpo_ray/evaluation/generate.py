@@ -185,7 +185,7 @@ class Generator:
         return base if self.contender.adapter is None else load_adapter(base, self.contender.adapter).merge_and_unload()
 
     def __call__(self, rows: list[Row]) -> list[Row]:
-        prompts = [self.tokens.prompt_ids([tuple(m) for m in row["messages"]]) for row in rows]
+        prompts = [self.tokens.prompt_ids(tuple((role, text) for role, text in row["messages"])) for row in rows]
         made = self._generate(prompts, [digest(row["messages"], row["seed"]) for row in rows])
         values = []
         for ids in made:
@@ -286,7 +286,9 @@ class VllmGenerator:
         from vllm import SamplingParams  # type: ignore[import-not-found]
         from vllm.lora.request import LoRARequest  # type: ignore[import-not-found]
 
-        prompts = [{"prompt_token_ids": self.tokens.prompt_ids([tuple(m) for m in row["messages"]])} for row in rows]
+        prompts = [
+            {"prompt_token_ids": self.tokens.prompt_ids(tuple((role, text) for role, text in row["messages"]))} for row in rows
+        ]
         o = self.options
         seeds = [int(digest(row["messages"], row["seed"])[:8], 16) for row in rows]
         how = [SamplingParams(temperature=o.temperature, top_p=o.top_p, max_tokens=o.max_new_tokens, seed=seed) for seed in seeds]

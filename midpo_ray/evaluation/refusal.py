@@ -93,7 +93,9 @@ def _weigh(sentence: str, rest: str, attitude: bool) -> Kind:
 
 def _plain(response: str) -> str:
     """Lower case, one kind of quotation mark, no markdown, no quoted speech, no contractions; lines are kept."""
-    text = response.lower().translate(str.maketrans({"’": "'", "‘": "'", "`": "'", "“": '"', "”": '"', "–": "-", "—": ", "}))
+    text = response.lower()
+    for odd, plain in (("[’‘`]", "'"), ("[“”]", '"'), ("–", "-"), ("—", ", ")):
+        text = re.sub(odd, plain, text)
     text = re.sub(r"[*_#>~]+", "", text)
     without = re.sub(r'"[^"\n]{0,600}"', '""', text)
     text = without if len(without) > 40 or '"' not in text else text.replace('"', "")

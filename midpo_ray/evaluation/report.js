@@ -149,7 +149,9 @@ const METRICS = { reward: "reward", cost: "cost", tokens: "tokens", gate_safety:
 function answers() {
   const { models, prompts, notes } = data.answers;
   if (!prompts.length) return drop("answers");
-  const show = { query: "", set: "", category: "", harmful: "", refused: "", sort: "", down: false, page: 0, models: new Set(models.slice(0, 3).map((_, i) => i)) };
+  const show = { query: "", set: "", category: "", harmful: "", refused: "", sort: "", down: false, page: 0, models: new Set() };
+  const first = (name) => ["base", "routed"].includes((data.models.find((m) => m.name === name) || {}).family);
+  [...models.filter(first), ...models.filter((m) => !first(m))].slice(0, 3).forEach((m) => show.models.add(models.indexOf(m)));
   const open = new Set();
   const home = el("div"), pager = el("div", { cls: "controls" });
   const chosen = () => [...show.models].sort((a, b) => a - b);
@@ -206,10 +208,10 @@ function answers() {
   function fill() {
     const rows = filtered(), pages = Math.max(1, Math.ceil(rows.length / PAGE));
     show.page = Math.min(show.page, pages - 1);
-    const first = (i) => (sorts.find(([s]) => s.startsWith(`${i} `)) || [""])[0];
+    const metric = (i) => (sorts.find(([s]) => s.startsWith(`${i} `)) || [""])[0];
     const mark = (sort) => (sort && show.sort === sort ? { "aria-sort": show.down ? "descending" : "ascending" } : {});
     const heads = [el("th", { cls: "by", ...mark("prompt"), on: { click: () => by("prompt") } }, "prompt"),
-      ...chosen().map((i) => el("th", { cls: "by", ...mark(first(i)), title: `sort by ${METRICS[first(i).split(" ")[1]] || "-"}`, on: { click: () => by(first(i)) } }, label(models[i])))];
+      ...chosen().map((i) => el("th", { cls: "by", ...mark(metric(i)), title: `sort by ${METRICS[metric(i).split(" ")[1]] || "-"}`, on: { click: () => by(metric(i)) } }, label(models[i])))];
     home.replaceChildren(el("table", {}, el("thead", {}, el("tr", {}, ...heads)), el("tbody", {}, ...rows.slice(show.page * PAGE, (show.page + 1) * PAGE).map(row))));
     const turn = (name, by, off) => el("button", { disabled: off ? "" : undefined, on: { click: () => { show.page += by; fill(); } } }, name);
     pager.replaceChildren(turn("◀ back", -1, show.page === 0), el("span", { id: "count" }, `page ${show.page + 1} of ${pages}, ${rows.length} of ${prompts.length} prompts`), turn("on ▶", 1, show.page === pages - 1));
