@@ -40,8 +40,9 @@ test-cluster: setup-dev
 soak: setup-dev
 	$(BIN)/python tests/cluster/soak.py
 
+# Two files at a time: most of a test on Ray is waiting.
 test: checks
-	$(BIN)/python -m pytest -q -rs -m "not faults"
+	$(BIN)/python -m pytest -q -rs -m "not faults" -n 2 --dist loadfile --durations 30
 
 # make benchmarks MODEL=DIR SAFETY=FILE HELPFUL=FILE [QUICK=--quick]: on a quiet machine; fills benchmarks/results/.
 MODEL ?= runs/SmolLM2-135M-Instruct
