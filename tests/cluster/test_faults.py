@@ -167,10 +167,12 @@ def test_disk_full_during_a_checkpoint(world):
     run.dir = world.hosts.folder / "none"
     run.start()
     told = Told("disk full", at_step=0)
-    count = "ls /root/small/run/experts/safety.work/checkpoints 2> /dev/null | grep -c step-"
-    deadline = time.monotonic() + 120
-    while int(laptop.run(count, check=False).stdout or 0) < 2:
+    deadline, kept = time.monotonic() + 120, []
+    while len(kept) < 2:
         assert time.monotonic() < deadline, run.said()
+        listed = laptop.run("ls /root/small/run/experts/safety.work/checkpoints 2> /dev/null", check=False).stdout
+        kept = sorted(name for name in listed.split() if name.startswith("step-"))
+    told.at_step = int(kept[-1].removeprefix("step-"))
     since = time.time()
     laptop.run("head -c 64m /dev/zero > /root/small/filler", check=False)
     run.end(2)
