@@ -66,7 +66,7 @@ def compute(
     if workers == 0 or not job.heavy:
         work = Actor(job, folder.uri)
         for call in calls:
-            work({"rows": [call]})
+            work.run(json.loads(call))
     else:
         _on_ray(job, calls, folder, address, workers, say)
     return read(folder)
@@ -114,35 +114,40 @@ def _on_ray(
     finished = 0
     try:
         for batch in results.iter_batches(batch_size=None):
-            finished += len(batch["done"])
-            if finished * 4 // len(calls) > (finished - len(batch["done"])) * 4 // len(calls):
+            fault = next((f for f in batch["fault"] if f), None)
+            if fault:
+                raise UserError(str(fault))
+            before, finished = finished, finished + len(batch["fault"])
+            if finished * 4 // len(calls) > before * 4 // len(calls):
                 say(f"{job.name}: {finished} of {len(calls)} batches on {size} worker(s)")
     except ray.exceptions.RayError as error:
-        cause: BaseException | None = error
-        while cause is not None and type(cause) is not UserError:
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        raise cause or UserError(f"{job.name}: {str(error).strip().splitlines()[-1]}") from None
+        raise RuntimeError(f"{job.name}: a worker failed") from error
 
 
 class Actor:
-    """The Ray Data actor: a batch of rows in, a shard of values out."""
+    """The Ray Data actor: a batch of rows in, a shard of values written. A user's fault comes back as text."""
 
     def __init__(self, job: Job, folder: str) -> None:
         self.job, self.folder = job, Storage(folder)
         self.work: Worker | None = None
 
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[int]]:
-        if self.work is None:  # here and not in __init__, so that a user's fault comes back as itself
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
+        try:
+            for call in batch["rows"]:
+                self.run(json.loads(call))
+        except UserError as error:
+            return {"fault": [str(error)]}
+        return {"fault": [""]}
+
+    def run(self, rows: list[Row]) -> None:
+        if self.work is None:  # here and not in __init__, whose faults Ray would only repeat
             if self.job.heavy:
                 import torch
 
                 torch.set_num_threads(1)
                 os.environ["OMP_NUM_THREADS"] = "1"
             self.work = self.job.make(**self.job.options)
-        for call in batch["rows"]:
-            rows = json.loads(call)
-            values = self.work(rows)
-            keys = [r["key"] for r in rows]
-            table = pa.table({"key": keys, "value": [json.dumps(v) for v in values]})
-            write_table(self.folder, f"part-{digest(keys)}.parquet", table)
-        return {"done": [1] * len(batch["rows"])}
+        values = self.work(rows)
+        keys = [r["key"] for r in rows]
+        table = pa.table({"key": keys, "value": [json.dumps(v) for v in values]})
+        write_table(self.folder, f"part-{digest(keys)}.parquet", table)
