@@ -42,7 +42,7 @@ soak: setup-dev
 
 # Two files at a time: most of a test on Ray is waiting.
 test: checks
-	$(BIN)/python -m pytest -q -rs -m "not faults" -n 2 --dist loadfile --durations 30
+	$(BIN)/python -m pytest -q -rs -m "not faults" -n 2 --dist loadfile --no-loadscope-reorder --durations 30
 
 # make benchmarks MODEL=DIR SAFETY=FILE HELPFUL=FILE [QUICK=--quick]: on a quiet machine; fills benchmarks/results/.
 MODEL ?= runs/SmolLM2-135M-Instruct

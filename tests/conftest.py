@@ -21,6 +21,14 @@ SPECIAL = ("<pad>", "<s>", "</s>")  # ids 0, 1, 2; byte tokens follow
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+LONGEST = ("test_run.py", "test_tuning.py", "test_bad_input.py", "test_real.py", "test_watch.py")  # minutes each
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where files run side by side, the longest begin first, so that none is left alone at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data and models (environment variable MIDPO_SHARED, default ../shared beside the repository)."""

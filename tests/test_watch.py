@@ -181,7 +181,8 @@ def test_half_a_line_is_taken_back(tmp_path):
 def test_a_frozen_rank_is_found_and_the_group_restarts(tmp_path, tiny_model_dir):
     """One of two ranks is frozen: the other one's watch tells where it waits, and the run ends well."""
     data = smallworld.write(tmp_path / "pairs.jsonl", smallworld.rows(60))
-    recipe = smallworld.recipe(tmp_path, tiny_model_dir(), data, cluster={"stall_timeout": 8})
+    patience = {"stall_timeout": 20}  # a busy machine starts a worker slowly
+    recipe = smallworld.recipe(tmp_path, tiny_model_dir(), data, cluster=patience)
     settings = ("experts.safety.group.workers=2", "experts.safety.optim.steps=300", "checkpoint.every_steps=20")
     command = [sys.executable, "-m", "midpo_ray.cli", "run", str(recipe), *settings, "--until", "safety"]
     driver = subprocess.Popen([*command, "--run-dir", str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
