@@ -18,7 +18,7 @@ import yaml
 from midpo_ray.cli import main
 from midpo_ray.config import digest
 from midpo_ray.miniature import base as miniature
-from midpo_ray.study.numbers import by_seed, compare, difference, dominates, numbers, over_seeds, win_rates
+from midpo_ray.study.numbers import above_front, by_seed, compare, difference, dominates, numbers, over_seeds, win_rates
 from midpo_ray.study.plan import plan
 from midpo_ray.study.spec import Comparison, load_study, shipped_studies
 
@@ -68,6 +68,7 @@ def contender(name: str, **keys):
         ({"contenders": contender("x", serve="routed", set={"data.validation": 0})}, "frozen signals or the seeds hang on it"),
         ({"contenders": contender("x", serve="routed", set={"router.rule": "best"})}, "key router.rule"),
         ({"comparisons": [{"of": "safety", "against": "nobody", "by": "cost"}]}, "no contender is named 'nobody'"),
+        ({"fronts": {"MODPO": ["nobody"]}}, "no contender is named 'nobody'"),
         ({"set": {"router.rules": "labels"}}, "unknown key router.rules, did you mean rule?"),
         ({"set": {"model.path": "gpt2"}}, "sets is empty, and the recipe's model is not builtin:miniature"),
         ({"sets": ["xstest"]}, "sets and judges: the prompts of builtin:miniature (no sets) go with its judge"),
@@ -200,6 +201,16 @@ def test_what_dominates():
     assert dominates({"helpfulness": figure(-0.1, 0.1), "safe_rate": figure(-0.2, -0.1)})
     assert not dominates({"helpfulness": figure(-0.1, 0.1), "safe_rate": figure(-0.2, 0.1)})  # within its interval
     assert not dominates({"helpfulness": figure(0.1, 0.2), "safe_rate": figure(-0.2, -0.1)})  # worse on one axis
+
+
+def test_a_front_is_read_at_equal_helpfulness():
+    front = [
+        {"helpfulness": {0: 0.0, 1: 0.0}, "safe_rate": {0: 1.0, 1: 1.0}},
+        {"helpfulness": {0: 2.0, 1: 2.0}, "safe_rate": {0: 0.2, 1: 0.2}},
+    ]
+    told = above_front({"helpfulness": {0: 0.5, 1: 3.0}, "safe_rate": {0: 0.9, 1: 0.7}}, front)
+    assert told["value"] == pytest.approx((0.9 - 0.8 + 0.7 - 0.2) / 2)
+    assert told["clamped"] == 1
 
 
 def test_the_best_rival_is_that_of_the_highest_joint_rate(tmp_path):

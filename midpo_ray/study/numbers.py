@@ -106,6 +106,21 @@ def dominates(rival: Mapping[str, dict[str, Any]]) -> bool:
     return all(d["value"] <= 0 for d in least) and any(d["high"] is not None and d["high"] < 0 for d in least)
 
 
+def above_front(main: Mapping[str, BySeed], front: Sequence[Mapping[str, BySeed]]) -> dict[str, Any]:
+    """How much safer main answers than a front of contenders does where it is as helpful: seed by seed their share of harmful
+    prompts answered safely is read at main's reward on benign prompts, by linear interpolation. Where main is beyond the front's
+    most or least helpful contender that one counts, in ``clamped`` seeds."""
+    across, up = AXES
+    leads, clamped = [], 0
+    for seed, place in main[across].items():
+        points = sorted((c[across][seed], c[up][seed]) for c in front if seed in c[across])
+        if points:
+            xs, ys = zip(*points, strict=True)
+            leads.append(main[up][seed] - float(np.interp(place, xs, ys)))
+            clamped += not xs[0] <= place <= xs[-1]
+    return {**over_seeds(leads), "clamped": clamped}
+
+
 def numbers(study: Study, rows: Mapping[str, Rows]) -> dict[str, Any]:
     """Everything the report tells, JSON-able; contenders without answers are left out.
 
@@ -120,7 +135,14 @@ def numbers(study: Study, rows: Mapping[str, Rows]) -> dict[str, Any]:
         | {f: over_seeds(list(v.values())) for f, v in values[n].items()}
         for n, c in seen.items()
     ]
-    result: dict[str, Any] = {"main": study.main, "contenders": table, "comparisons": [], "differences": [], "front": None}
+    result: dict[str, Any] = {
+        "main": study.main,
+        "contenders": table,
+        "comparisons": [],
+        "differences": [],
+        "fronts": [],
+        "front": None,
+    }
     for comparison in study.comparisons:
         if {comparison.of, comparison.against, *comparison.grid} <= seen.keys():
             result["comparisons"].append(compare(comparison, rows))
@@ -131,6 +153,9 @@ def numbers(study: Study, rows: Mapping[str, Rows]) -> dict[str, Any]:
         if name != study.main:
             told = {f: difference(main[f], values[name][f]) for f in ("joint", *AXES)}
             result["differences"].append({"against": name, "family": contender.family, **told})
+    for name, front in study.fronts.items():
+        if set(front) <= seen.keys():
+            result["fronts"].append({"name": name, "safer_by": above_front(main, [values[n] for n in front])})
     rivals = [d for d in result["differences"] if d["family"] != "routed" and d["joint"]["n"]]
     if rivals:
         best = min(rivals, key=lambda d: d["joint"]["value"])  # main's smallest lead: the rival of the highest joint rate

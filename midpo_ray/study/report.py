@@ -89,6 +89,8 @@ def comparisons(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     for d in result["differences"]:
         for figure in ("joint", *AXES):
             add(f"{FIGURES[figure].title}: {result['main']} less {d['against']}", d[figure], 0.0)
+    for front in result["fronts"]:
+        add(f"safe, harmful: {result['main']} above {front['name']}'s front at equal reward on benign", front["safer_by"], 0.0)
     for c in result["comparisons"]:
         for key, when in (("equal_steps", "at equal steps"), ("equal_kl", "at equal KL from the base")):
             add(f"win rate by {c['by']}: {c['of']} against {c['against']}, {when}", c[key], 0.5)
@@ -138,6 +140,10 @@ def lines(result: Mapping[str, Any]) -> list[str]:
         above = ", ".join(front["above"]) or "no other"
         told += ["", f"front: {above} is at least as good on both axes and better on one beyond its interval",
                  f"joint rate above the best other's ({front['best_rival']}): {_range(front['joint_lead'])}"]  # fmt: skip
+    for front in result["fronts"]:
+        lead = front["safer_by"]
+        told.append(f"safe on harmful, above {front['name']}'s front at equal reward on benign: {_range(lead)}; "
+                    f"in {lead['clamped']} seed(s) beyond its end, which then counts")  # fmt: skip
     if result["comparisons"]:
         told += ["", "win rates over the same prompts, at equal steps and at equal KL from the base"]
         heads = ["of", "against", "by", "equal steps", "equal KL", "KL of", "KL against", "clamped"]

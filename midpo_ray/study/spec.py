@@ -96,6 +96,7 @@ class Study(Section):
     answers: Answers = Answers()
     contenders: tuple[Contender, ...] = Field(min_length=1)
     comparisons: tuple[Comparison, ...] = ()
+    fronts: dict[str, tuple[str, ...]] = Field({})  # contenders that are one method at several weights, for example MODPO's
 
     @model_validator(mode="after")
     def _sound(self) -> Study:
@@ -107,7 +108,8 @@ class Study(Section):
         for what, values in (("contender", names), ("seed", self.seeds)):
             if twice := next((v for v in values if list(values).count(v) > 1), None):
                 raise ValueError(f"the {what} {twice!r} is there twice")
-        for name in (self.main, *(n for c in self.comparisons for n in (c.of, c.against, *c.grid))):
+        compared = [n for c in self.comparisons for n in (c.of, c.against, *c.grid)]
+        for name in (self.main, *compared, *(n for front in self.fronts.values() for n in front)):
             if name not in names:
                 near = difflib.get_close_matches(name, names, 1)
                 raise ValueError(f"no contender is named {name!r}{f', did you mean {near[0]!r}?' if near else ''}")
