@@ -59,7 +59,7 @@ class Jobs:
             )
         from ray.job_submission import JobSubmissionClient
 
-        self.url = url
+        self.url, self.token = url, token
         logging.getLogger("ray").setLevel(logging.WARNING)  # it would tell of every upload
         headers = {"Authorization": f"Bearer {token}"} if token else None
         with self._told():
@@ -72,8 +72,8 @@ class Jobs:
 
         try:
             yield
-        except AuthenticationError as error:
-            has = "asks for a token, and there is none in" if "required" in str(error) else "refuses the token in"
+        except AuthenticationError:
+            has = "refuses the token in" if self.token else "asks for a token, and there is none in"
             raise UserError(f"{self.url}: {has} {token_path()}: copy the cluster's") from None
         except (RuntimeError, OSError) as error:  # requests' own errors are OSErrors
             text = " ".join(str(error).split())
