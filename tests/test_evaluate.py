@@ -81,6 +81,9 @@ def test_whole(tmp_path, run, prompts):
     report = json.loads((tmp_path / "report/report.json").read_text())
     assert len(report["examples"]) == 4
     assert np.shape(report["examples"][0]["safety"]) == (2, len(report["examples"][0]["tokens"]))
+    asked = {r["id"]: r["prompt"] for r in routed}
+    for example in report["examples"]:  # its tokens are the whole text, spaces too
+        assert asked[example["title"].split()[1]] in "".join(example["tokens"])
     assert report["curves"]["router of mine: loss"] == [[1.0, 1.0], [2.0, 0.5]]
     assert report["routing"][0]["prompts"] == 4
     assert "phrases, version" in report["about"]["judges"]

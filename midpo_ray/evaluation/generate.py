@@ -11,6 +11,7 @@ import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +233,9 @@ class Generator:
         for row, turn, value in zip(rows, turns, values, strict=True):
             if row["map"]:
                 gates = self.model.gates([turn], [value["response"]])[0]
-                words = [self.tokenizer.decode([token]) for token in gates["tokens"]]
+                ids = list(gates["tokens"])  # a token by itself may lack the space before it
+                said = [self.tokenizer.decode(ids[:end]) for end in range(len(ids) + 1)]
+                words = [after[len(before) :] for before, after in pairwise(said)]
                 layers = {e: [[round(v, 4) for v in layer] for layer in gates[e].tolist()] for e in PARTS[:2]}
                 value["map"] = {"tokens": words, "prompt_tokens": gates["prompt_tokens"], **layers}
         return values
