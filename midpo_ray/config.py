@@ -62,7 +62,7 @@ class Scorer(Section):
     column: str | None = None  # a column of the data with {i} for the response's number, for example "reward_{i}"
     function: str | None = None  # module:function of (prompts, responses), lists of texts, that returns numbers
     max_length: int = Field(2048, gt=1)
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of a model; auto: as it is saved
     trust_remote_code: bool = False
 
     @model_validator(mode="after")

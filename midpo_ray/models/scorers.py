@@ -29,18 +29,18 @@ from ..errors import UserError
 
 Prompts = Sequence[Sequence[tuple[str, str]]]
 Score = Callable[[Prompts, Sequence[str]], list[float]]
-BATCH_TOKENS = 8192  # of one forward pass, padding included
+BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}  # of one forward pass, padding included; more would leave a core's caches (ours)
 
 
 def load_scorer(
-    scorer: Scorer, kind: Literal["reward", "cost"], device: str | torch.device | None = None, *, batch_tokens: int = BATCH_TOKENS
+    scorer: Scorer, kind: Literal["reward", "cost"], device: str | torch.device | None = None, *, batch_tokens: int | None = None
 ) -> Score:
     """The callable of a scorer: prompts as (role, content) messages and their responses -> one finite float each.
 
     Args:
         kind: what it is used as; a score model of the other type is refused.
         device: of a model; default: the CPU.
-        batch_tokens: of one forward pass, padding included.
+        batch_tokens: of one forward pass, padding included; default: what suits the device.
 
     Raises:
         UserError: at once: no such model, not a scorer, the other kind, no such function. When called: another number of values
@@ -133,11 +133,12 @@ def encode_chats(tokenizer: Any, prompts: Prompts, responses: Sequence[str], max
 class _ModelScorer:
     """A score model or a classifier behind one call."""
 
-    def __init__(self, scorer: Scorer, kind: str, device: torch.device, batch_tokens: int) -> None:
+    def __init__(self, scorer: Scorer, kind: str, device: torch.device, batch_tokens: int | None) -> None:
         from transformers import AutoConfig, AutoTokenizer
 
         assert scorer.model is not None
-        self.name, self.batch_tokens, self.device = scorer.model, batch_tokens, device
+        self.name, self.device = scorer.model, device
+        self.batch_tokens = batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
         try:
             self.config = AutoConfig.from_pretrained(scorer.model, trust_remote_code=scorer.trust_remote_code)
             self.tokenizer = AutoTokenizer.from_pretrained(scorer.model, trust_remote_code=scorer.trust_remote_code)
@@ -146,7 +147,7 @@ class _ModelScorer:
             raise UserError(f"scorer {scorer.model}: no model with a tokenizer is found there ({reason})") from None
         self.max_length = min(scorer.max_length, self.tokenizer.model_max_length)
         architectures = list(self.config.architectures or [])
-        dtype = getattr(torch, scorer.dtype)
+        dtype = scorer.dtype if scorer.dtype == "auto" else getattr(torch, scorer.dtype)
         if any(name.endswith(("ForScore", "ModelForScore")) for name in architectures):
             self._check_type(kind)
             self.model: nn.Module = ScoreModel(scorer, self.config, dtype)
@@ -169,7 +170,7 @@ class _ModelScorer:
         if self.tokenizer.eos_token_id is None:
             raise UserError(f"scorer {self.name}: its tokenizer has no EOS token, at which a score model reads the score")
 
-    def _classifier(self, scorer: Scorer, dtype: torch.dtype) -> nn.Module:
+    def _classifier(self, scorer: Scorer, dtype: torch.dtype | str) -> nn.Module:
         from transformers import AutoModelForSequenceClassification
 
         if self.config.num_labels != 1:
@@ -226,7 +227,7 @@ class ScoreModel(nn.Module):
     mean: Tensor
     var: Tensor
 
-    def __init__(self, scorer: Scorer, config: Any, dtype: torch.dtype) -> None:
+    def __init__(self, scorer: Scorer, config: Any, dtype: torch.dtype | str) -> None:
         from transformers import AutoModel
 
         super().__init__()
