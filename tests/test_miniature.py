@@ -237,12 +237,13 @@ def test_base_sees_answers_behind_an_empty_prompt(world):
     drawn = base._sequences(world, tokenizer, 0)
     sequences = [next(drawn) for _ in range(3000)]
     ids = tokenizer.get_vocab()
-    assert max(len(row) for row, _ in sequences) <= 48
+    assert max(len(row) for row, _, _ in sequences) <= 48
     assert all(
-        row[0] == ids["<bos>"] and row[start - 1] == ids["<answer>"] and row[-1] == ids["<eos>"] for row, start in sequences
+        row[0] == ids["<bos>"] and row[start - 1] == ids["<answer>"] and row[-1] == ids["<eos>"] for row, start, _ in sequences
     )
-    share = sum(start == 2 for _, start in sequences) / len(sequences)
-    assert share == pytest.approx(base.UNCONDITIONAL * (1 - base.QUESTIONS), abs=0.02)
+    assert all((harmful is None) == (start == 2) for _, start, harmful in sequences)
+    assert sum(start == 2 for _, start, _ in sequences) / len(sequences) == pytest.approx(base.UNCONDITIONAL, abs=0.02)
+    assert sum(harmful is True for *_, harmful in sequences) / len(sequences) == pytest.approx(0.45, abs=0.03)
 
 
 # The table

@@ -22,7 +22,7 @@ from . import world as w
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-VERSION = 3  # of the world and its training: raise it when either changes, so that no old file is taken for a new one
+VERSION = 4  # of the world and its training: raise it when either changes, so that no old file is taken for a new one
 BOS, EOS, PAD, UNK, ANSWER = "<bos>", "<eos>", "<pad>", "<unk>", "<answer>"
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
 )
 STEPS, BATCH, LR, WARMUP = 500, 32, 4e-3, 20
 UNCONDITIONAL = 0.10  # share of sequences behind an empty prompt: what an unconditional log-probability needs
-QUESTIONS = 0.30  # share of "is it wrong to ...": without them the model need not know harm, and a gate finds nothing to read
+HARM = 0.05  # weight of a head that tells harm at the prompt's last token: a chat model knows harm, and a gate reads what is there
 
 Progress = Callable[[int, int, float], None]  # (step, steps, mean loss in nats a token)
 
@@ -94,7 +94,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def train_base(
     world: w.World, tokenizer: PreTrainedTokenizerFast, *, seed: int, steps: int = STEPS, progress: Progress | None = None
 ) -> PreTrainedModel:
-    """A Llama of 0.6 M parameters, trained on the mixture of answers to the training prompts, in one thread."""
+    """A Llama of 0.6 M parameters, trained on the mixture of answers to the training prompts, in one thread.
+
+    Beside it a linear head learns whether the prompt is harmful, and is thrown away.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -108,28 +111,33 @@ def train_base(
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = LlamaForCausalLM(config)
-        _fit(model, _sequences(world, tokenizer, seed), steps, progress)
+            head = torch.nn.Linear(config.hidden_size, 1)
+        _fit(model, head, _sequences(world, tokenizer, seed), steps, progress)
     finally:
         torch.set_num_threads(threads)
     return model.eval()
 
 
-def _fit(model: PreTrainedModel, sequences: Any, steps: int, progress: Progress | None) -> None:
+def _fit(model: PreTrainedModel, head: torch.nn.Linear, sequences: Any, steps: int, progress: Progress | None) -> None:
     model.train()
-    optim = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.01)
+    optim = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=LR, betas=(0.9, 0.98), weight_decay=0.01)
     pad = model.config.pad_token_id
     for step in range(steps):
         warm = min(1.0, (step + 1) / WARMUP)
         for group in optim.param_groups:
             group["lr"] = LR * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         rows = [next(sequences) for _ in range(BATCH)]
-        longest = max(len(row) for row, _ in rows)
-        ids = torch.tensor([row + [pad] * (longest - len(row)) for row, _ in rows])
-        labels = torch.tensor([[pad] * start + row[start:] + [pad] * (longest - len(row)) for row, start in rows])[:, 1:]
+        longest = max(len(row) for row, _, _ in rows)
+        ids = torch.tensor([row + [pad] * (longest - len(row)) for row, _, _ in rows])
+        labels = torch.tensor([[pad] * start + row[start:] + [pad] * (longest - len(row)) for row, start, _ in rows])[:, 1:]
+        asked = [i for i, (_, _, harmful) in enumerate(rows) if harmful is not None]
+        harm = torch.tensor([float(rows[i][2]) for i in asked])
         # padding is on the right, behind a causal mask: real positions never see it
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
         counted = labels != pad
         loss = F.cross_entropy(model.lm_head(hidden[counted]), labels[counted])
+        told = head(hidden[asked, [rows[i][1] - 1 for i in asked]]).squeeze(-1)
+        loss = loss + HARM * F.binary_cross_entropy_with_logits(told, harm)
         optim.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -139,7 +147,8 @@ def _fit(model: PreTrainedModel, sequences: Any, steps: int, progress: Progress 
 
 
 def _sequences(world: w.World, tokenizer: PreTrainedTokenizerFast, seed: int) -> Any:
-    """Fresh training texts without end: token ids of ``<bos> prompt <answer> response <eos>``, and where the response begins.
+    """Fresh training texts without end: token ids of ``<bos> prompt <answer> response <eos>``, where the response begins, and
+    whether the prompt is harmful (None: it is empty).
 
     Only the response counts in the loss: it is there that the model must copy from the prompt, and it learns so sooner.
     """
@@ -147,16 +156,11 @@ def _sequences(world: w.World, tokenizer: PreTrainedTokenizerFast, seed: int) ->
     ids = tokenizer.get_vocab()
     while True:
         topic = w.draw_topic(world.train, rng)
-        if rng.random() < QUESTIONS:
-            prompt = w.QUESTION.format(verb=topic[0], object=topic[1])
-            response = w.VERDICTS[w.is_harmful(topic)].format(verb=topic[0], object=topic[1])
-        else:
-            prompt = w.write_prompt(topic, rng)
-            response = w.write_response(w.draw_kind(topic, rng), topic, rng)
-            if rng.random() < UNCONDITIONAL:
-                prompt = ""
-        words = [BOS, *w.words(prompt), ANSWER, *w.words(response), EOS]
-        yield [ids[word] for word in words], words.index(ANSWER) + 1
+        prompt = w.write_prompt(topic, rng)
+        response = w.write_response(w.draw_kind(topic, rng), topic, rng)
+        empty = rng.random() < UNCONDITIONAL
+        words = [BOS, *w.words("" if empty else prompt), ANSWER, *w.words(response), EOS]
+        yield [ids[word] for word in words], words.index(ANSWER) + 1, None if empty else w.is_harmful(topic)
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:

@@ -62,8 +62,6 @@ REFUSALS = ("sorry , i can not help with that .", "i will not do this .", "no , 
 REDIRECT = "i ask you not to {verb} the {object} , please {instead} and call the {helper} ."
 INSTEADS = ("rest a while", "go outside", "write it down")
 HELPERS = ("doctor", "office", "hotline")
-QUESTION = "is it wrong to {verb} the {object} ?"
-VERDICTS = {True: "yes , it is wrong to {verb} the {object} .", False: "no , you are free to {verb} the {object} ."}
 
 MIXTURE: dict[bool, dict[str, float]] = {  # harmful? -> how the base model answers
     True: {"detailed": 0.30, "terse": 0.20, "redirect": 0.25, "refusal": 0.20, "offtopic": 0.05},
@@ -86,7 +84,7 @@ def words(text: str) -> list[str]:
 def vocabulary() -> list[str]:
     """Every word of the world, sorted."""
     blank = {"verb": "", "object": "", "place": "", "instead": "", "helper": ""}
-    fixed = [t.format(**blank) for t in (*TEMPLATES, REDIRECT, QUESTION, *VERDICTS.values())]
+    fixed = [t.format(**blank) for t in (*TEMPLATES, REDIRECT)]
     phrases = [*fixed, *PLACES, *REFUSALS, *INSTEADS, *HELPERS, "with"]
     return sorted({*VERB_CLASS, *OBJECT_CLASS, *ACT_CLASS, *TOOL_CLASS, *(w for phrase in phrases for w in words(phrase))})
 
