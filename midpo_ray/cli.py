@@ -126,6 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--address", help="as for run")
     evaluate.add_argument("--workers", type=int, metavar="N", help="actors (default: all GPUs or CPUs); 0: here, without Ray")
     evaluate.add_argument("--prompts", type=int, metavar="N", help="at most so many of each set, drawn by content")
+    tasks = "general capability: comma-separated names of lm-evaluation-harness' tasks, its YAML files, folders of them"
+    evaluate.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help=tasks)
+    evaluate.add_argument("--task-limit", type=int, metavar="N", help="only the first N examples of each task")
     evaluate.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     evaluate.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     evaluate.add_argument("--top-p", type=float, default=1.0)
@@ -269,7 +272,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     names = ("max_new_tokens", "temperature", "top_p", "batch")
     options = job.Options(**{name: getattr(arguments, name) for name in names})
     command = shlex.join(["midpo", *sys.argv[1:]])
-    more = {name: getattr(arguments, name) for name in ("against", "judges", "seeds", "template", "dtype")}
+    more = {name: getattr(arguments, name) for name in ("against", "judges", "seeds", "task_limit", "template", "dtype")}
+    more["tasks"] = [name for word in arguments.tasks for name in word.split(",") if name]
     plan = job.make_plan(arguments.what, arguments.sets, options=options, limit=arguments.prompts, command=command, **more)
     first = [Path(x).name.partition(".")[0].replace(":", "-") for x in (arguments.what[0], *arguments.sets)]
     out = arguments.out or f"reports/{'-'.join(first)}"

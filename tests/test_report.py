@@ -83,7 +83,7 @@ def write(folder, models=MODELS, prompts=450, answers=None):
     examples = [{"title": HOSTILE[1], "harmful": False, **example}, {"title": "h", "harmful": True, **example}]
     a, b = ([r for r in answers if r["model"] == m[0]] for m in (models[-1], models[0]))
     value, low, high = win_rate(a, b, "reward")
-    over = {"n": prompts, "over": "prompts of xstest"}
+    over, unknown = {"n": prompts, "over": "prompts of xstest"}, {"value": 0.5, "low": None, "high": None}
     write_report(
         Storage(folder),
         title=f"XSTest {HOSTILE[0]}",
@@ -99,6 +99,7 @@ def write(folder, models=MODELS, prompts=450, answers=None):
         answers=answers,
         curves={f"{s}: loss": [(i, math.exp(-i / 9)) for i in range(30)] for s in ("safety", HOSTILE[0])},
         about={"command": HOSTILE[0], "configuration": "a: 1\nb: <2>"},
+        capability=[{"model": models[-1][0], "task": HOSTILE[1], "metric": "acc", "n": 9, "shots": 0, "stderr": None, **unknown}],
     )
     return Path(folder)
 
@@ -119,6 +120,7 @@ def test_files(tmp_path):
     assert table.num_rows == 900
     assert table["harmful"].to_pylist()[:3] == [False] * 3
     assert (folder / "charts/picture-xstest.png").read_bytes()[:4] == b"\x89PNG"
+    assert '"n","shots"' in (folder / "capability.csv").read_text("utf-8")
     report = json.loads((folder / "report.json").read_text())
     assert report["routing"][0]["auroc"] > 0.9
     assert report["comparisons"][1]["low"] is None
@@ -196,7 +198,8 @@ def test_opens_fast_and_clean(shown):
     assert shown.errors == []
     assert [r for r in shown.requests if not r.startswith("file:")] == []
     assert shown.run("document.querySelectorAll('#picture svg, #routing svg, #training svg').length") >= 7
-    assert shown.run("document.querySelectorAll('section').length") == 7
+    assert shown.run("document.querySelectorAll('section').length") == 8
+    assert "acc" in shown.run("document.querySelector('#capability tbody').textContent")
     shown.picture(shown.folder / "top.png")
 
 
@@ -206,7 +209,7 @@ def test_hostile_rows_stay_inert(shown):
     for number in range(3):  # the pages that hold them
         if number:
             shown.run("[...document.querySelectorAll('#answers button')].find(b => b.textContent.startsWith('on')).click()")
-        markup = ", ".join(f"#answers {tag}" for tag in ("img", "script", "b", "i", "a", "svg"))
+        markup = ", ".join(f"#answers {tag}, #capability {tag}" for tag in ("img", "script", "b", "i", "a", "svg"))
         assert shown.run(f"document.querySelectorAll('{markup}').length") == 0
     pick(shown, "sort by", "")
     search(shown, "window.pwned")

@@ -18,6 +18,7 @@ from typing import Any
 from .. import __version__
 from ..errors import UserError
 from ..storage import Storage
+from . import capability
 from .cached import Job, compute, own_cluster
 from .charts import Point
 from .figures import FIGURES, difference, paired, summarise, win_rate
@@ -43,6 +44,8 @@ class Plan:
     options: Options
     seeds: tuple[int, ...]
     about: dict[str, str] = field(default_factory=dict)
+    tasks: Any = None  # as capability.load_tasks gives them
+    task_limit: int | None = None
 
 
 def make_plan(
@@ -54,11 +57,17 @@ def make_plan(
     options: Options = Options(),  # noqa: B008  (frozen)
     seeds: int = 1,
     limit: int | None = None,
+    tasks: Sequence[str] = (),
+    task_limit: int | None = None,
     template: str = "auto",
     dtype: str = "float32",
     command: str = "",
 ) -> Plan:
     """Raises UserError for whatever the user named that is not there."""
+    if tasks:
+        capability.check_installed()
+    if task_limit is not None and task_limit < 1:
+        raise UserError(f"--task-limit {task_limit}: at least 1 is expected")
     if seeds > 1 and not options.temperature:
         raise UserError(f"--seeds {seeds}: greedy answers are all alike, set --temperature above 0")
     contenders = [resolve(what, template=template, dtype=dtype) for what in whats]
@@ -90,7 +99,13 @@ def make_plan(
     for c in contenders:
         if c.run is not None and (Path(c.run) / "run.yaml").is_file():
             about.setdefault(f"configuration of {c.run}", (Path(c.run) / "run.yaml").read_text("utf-8"))
-    return Plan(contenders, prompts, chosen, other, options, tuple(range(seeds)), about)
+    loaded = capability.load_tasks(tasks) if tasks else None
+    if loaded:
+        few = f", the first {task_limit} examples of each" if task_limit else ""
+        about["capability"] = (
+            f"lm-eval {version('lm_eval')}: {', '.join(loaded['tasks'])}{few}; intervals: ± 1.96 standard errors"
+        )
+    return Plan(contenders, prompts, chosen, other, options, tuple(range(seeds)), about, loaded, task_limit)
 
 
 def evaluate(
@@ -107,6 +122,10 @@ def evaluate(
     with own_cluster():
         answers, routing = _answers(plan, Storage(cache), where)
         _judge(plan, answers, Storage(cache), where)
+    tasks: list[Row] = []
+    if plan.tasks:
+        tasks = capability.measure(plan.tasks, plan.contenders, plan.options, Storage(cache), plan.task_limit, say)
+        say(render_capability(tasks))
     summary = table(answers)
     x, y = axes(answers)
     say(f"writing {out}")
@@ -122,6 +141,7 @@ def evaluate(
         answers=answers,
         curves=training_curves(plan.contenders),
         about=plan.about,
+        capability=tasks,
     )
     return answers
 
@@ -263,9 +283,20 @@ def render(answers: Sequence[Row]) -> str:
     at = {(r["model"], r["set"], r["figure"]): r for r in summary}
     heads = ["model", "set", *(FIGURES[f].title for f in names)]
     cells = [[model, name, *(_cell(at.get((model, name, f))) for f in names)] for model, name in keys]
-    widths = [max(len(line[i]) for line in [heads, *cells]) for i in range(len(heads))]
-    return "\n".join("  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in [heads, *cells])
+    return _aligned([heads, *cells])
+
+
+def render_capability(rows: Sequence[Row]) -> str:
+    """The harness' figures as text: a row a model, task and metric."""
+    return _aligned([["model", "task", "metric", "value"], *([r["model"], r["task"], r["metric"], _cell(r)] for r in rows)])
+
+
+def _aligned(lines: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
 def _cell(line: Row | None) -> str:
-    return "" if line is None else f"{line['value']:.3g} [{line['low']:.3g}, {line['high']:.3g}]"
+    if line is None or line["low"] is None:
+        return "" if line is None else f"{line['value']:.3g}"
+    return f"{line['value']:.3g} [{line['low']:.3g}, {line['high']:.3g}]"

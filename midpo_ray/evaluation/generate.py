@@ -172,6 +172,7 @@ class Generator:
         self.tokens = Tokenization(self.tokenizer, data)
         said = self.model.generation_config.eos_token_id
         self.eos = sorted({self.tokens.eos, *(said if isinstance(said, list) else [] if said is None else [said])})
+        self.stop: list[str] = []  # texts that end an answer too, and stay in it
 
     def _load(self, device: str) -> Any:
         from ..models.assembly import load_routed
@@ -219,6 +220,8 @@ class Generator:
                 eos_token_id=self.eos,
                 pad_token_id=pad,
                 logits_processor=draw,
+                stop_strings=self.stop or None,
+                tokenizer=self.tokenizer,
             )
         answers = []
         for row in out[:, longest:].tolist():

@@ -110,6 +110,15 @@ function comparisons() {
   section("comparisons").append(el("p", { cls: "note" }, "The line stands at no difference: 0.5 for a win rate, 0 for a difference. Grey intervals include it."), table(columns, rows));
 }
 
+function capability() {
+  if (!data.capability.length) return drop("capability");
+  const span = (r) => (r.low === null ? "" : `${r.low.toFixed(3)} to ${r.high.toFixed(3)}`);
+  const value = (r) => el("td", { cls: "number" }, r.value === null ? "–" : r.value.toFixed(3), el("small", {}, span(r)));
+  const texts = ["task", "metric"].map((key) => ({ title: key, of: (r) => r[key], cell: (r) => r[key] }));
+  const counts = [["n", "examples"], ["shots", "shots"]].map(([key, title]) => ({ title, number: true, of: (r) => r[key], cell: (r) => (r[key] === null ? "–" : String(r[key])) }));
+  section("capability").append(table([{ title: "model", of: (r) => r.model, cell: (r) => label(r.model) }, ...texts, { title: "value", number: true, of: (r) => r.value, cell: value }, ...counts], data.capability));
+}
+
 // --- routing ---------------------------------------------------------------------------------------------------------------
 const heat = (v, hue) => `hsl(${hue} 75% ${97 - 45 * v}%)`;
 function example(item) {
@@ -245,6 +254,7 @@ function about() {
 for (const id of ["picture", "training"]) if (!document.querySelector(`#${id} svg`)) drop(id);
 figures();
 comparisons();
+capability();
 routing();
 answers();
 about();

@@ -50,6 +50,7 @@ def write_report(
     answers: Sequence[Mapping[str, Any]],
     curves: Mapping[str, Sequence[tuple[float, float]]],
     about: Mapping[str, str],
+    capability: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write report.html, report.json, summary.csv, answers.csv, answers.parquet and charts/*.svg (.png) into ``folder``.
 
@@ -64,6 +65,7 @@ def write_report(
         answers: rows of the answers table; columns that a row lacks are null.
         curves: "GROUP: METRIC" -> (step, value); the lines of one GROUP's METRIC are one chart.
         about: what to know to make it again: name -> text.
+        capability: as ``capability.measure`` gives it; where there is any, capability.csv is written too.
     """
     routing = routing or {}
     families = {str(r["model"]): str(r.get("family", "")) for r in answers} | {p.label: p.family for p in points}
@@ -77,6 +79,7 @@ def write_report(
         "summary": summary,
         "comparisons": [{"reference": 0, **c} for c in comparisons],
         "routing": [{"model": m, **_decisions(given["rows"])} for m, given in routing.items() if given["rows"]],
+        "capability": capability,
         "about": about,
     }
     examples = [{"model": m, **e} for m, given in routing.items() for e in given.get("examples", [])]
@@ -86,6 +89,8 @@ def write_report(
     write_table(folder, "answers.parquet", table)
     folder.write("answers.csv", _csv(table))
     folder.write("summary.csv", _csv(_table(summary)))
+    if capability:
+        folder.write("capability.csv", _csv(_table(capability)))
     folder.write("report.json", json.dumps(_plain({**data, "examples": examples, "curves": curves}), indent=1).encode())
     for name, svg in {**charts, **routed, **trained}.items():
         folder.write(f"charts/{_file_name(name)}.svg", svg.encode("utf-8", "replace"))
