@@ -125,6 +125,7 @@ CASES: dict[str, tuple[Callable[[Bench], list[str]], list[str]]] = {
     "a column that is no score": (text_as_cost, ["pairs.jsonl:1", "'note'", "number"]),
     "no such score column": (sets("scores.cost={column: 'cots_{i}'}"), ["pairs.jsonl:1", "cots_0"]),
     "no such function": (sets("scores.cost={function: 'no_module:cost'}"), ["no_module"]),
+    "a function that gives no numbers": (sets("scores.cost={function: 'builtins:zip'}"), ["builtins:zip", "list of numbers"]),
     "not UTF-8": (
         spoil(lambda b: b.data.write_bytes(b.data.read_bytes() + b'{"prompt": "\xff\xfe"}\n')),
         ["pairs.jsonl", "UTF-8"],

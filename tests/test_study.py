@@ -265,6 +265,12 @@ def test_a_killed_study_goes_on(tmp_path):
     assert kl["base"] == 0.0
     assert all(abs(value) > 1e-6 for name, value in kl.items() if name != "base")
     assert (run / "answers.csv").read_text().count("\n") == 6 * 12 + 1
+    report = json.loads((run / "report.json").read_text())  # of one seed: intervals over prompts
+    assert "over prompts" in report["about"]["intervals"]
+    joint = {r["model"]: r for r in report["summary"] if r["figure"] == "joint" and "category" not in r}
+    assert len(joint) == 6
+    assert all(r["low"] <= r["value"] <= r["high"] and r["prompts"] == 12 for r in joint.values())
+    assert any(c["over"] == "prompts" for c in report["comparisons"])
 
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 0

@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
 )
 STEPS, BATCH, LR, WARMUP = 500, 32, 4e-3, 20
 UNCONDITIONAL = 0.10  # share of sequences behind an empty prompt: what an unconditional log-probability needs
-HARM = 0.05  # weight of a head that tells harm at the prompt's last token: a chat model knows harm, and a gate reads what is there
+HARM = 0.05  # weight of a head that tells harm at the prompt's last token: a chat model knows harm, and a gate can but read
 
 Progress = Callable[[int, int, float], None]  # (step, steps, mean loss in nats a token)
 

@@ -181,6 +181,8 @@ def _run_phase(
     total, scored = sum(len(g["responses"]) for u in units for g in u), 0
     next_told = total / 4
     for batch in done.iter_batches(batch_size=None):
+        for fault in filter(None, batch["fault"]):
+            raise UserError(str(fault))
         scored += int(batch["responses"].sum())
         if scored >= next_told:
             say(f"score: {' and '.join(signals)}: {scored} of {total} responses on {workers} worker(s)")
@@ -202,7 +204,7 @@ def _workers(config: Config, resources: dict[str, float], units: int) -> int:
 
 
 class FrozenModels:
-    """The Ray Data actor: the frozen models of one phase, and the shards that they write."""
+    """The Ray Data actor: the frozen models of one phase, and the shards that they write. A user's fault comes back as text."""
 
     def __init__(self, config: dict[str, Any], folders: dict[str, str], null_ids: list[int]) -> None:
         self.config = Config.model_validate(config)
@@ -210,11 +212,17 @@ class FrozenModels:
         self.null_ids = null_ids
         self.compute: dict[str, Callable[[list[dict[str, Any]]], list[tuple[float, ...]]]] = {}
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
-        if not self.compute:  # here and not in __init__, so that a user's fault comes back as itself
-            self._load()
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        try:
+            if not self.compute:  # here and not in __init__, whose faults Ray would only repeat
+                self._load()
+            return {"responses": [self._score(batch["units"])], "fault": [""]}
+        except UserError as error:  # raised, it would reach the driver wrapped, or not at all
+            return {"responses": [0], "fault": [str(error)]}
+
+    def _score(self, calls: Iterable[str]) -> int:
         scored = 0
-        for units in batch["units"]:
+        for units in calls:
             results: dict[str, list[tuple[str, tuple[float, ...]]]] = {s: [] for s in self.compute}
             for unit in json.loads(units):
                 for signal, compute in self.compute.items():
@@ -230,7 +238,7 @@ class FrozenModels:
             for signal, rows in results.items():
                 if rows:
                     write_shard(self.folders[signal], signal, [k for k, _ in rows], [v for _, v in rows])
-        return {"responses": [scored]}
+        return scored
 
     def _load(self) -> None:
         import torch

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .. import __version__
-from ..evaluation.figures import FIGURES, seed_means
+from ..evaluation import evaluate as over_prompts
+from ..evaluation.figures import FIGURES, paired, seed_means, win_rate
 from ..evaluation.report import Point, write_report
 from ..pipeline.signals import read_table
 from ..storage import Storage
@@ -22,6 +23,7 @@ COLUMNS = {  # figure -> heading
     "joint": "joint", "malformed": "malformed", "auroc": "AUROC", "auroc_lookalike": "look-alikes",
 }  # fmt: skip
 INTERVALS = "95% by Student's t over the seeds; differences and win rates are paired by seed"
+OVER_PROMPTS = "95%, percentile bootstrap over prompts, 2000 draws: of one training each, they say nothing of training's luck"
 
 
 def write(folder: Storage, study: Study, plan: Plan, name: str, say: Callable[[str], None]) -> dict[str, Any]:
@@ -37,21 +39,25 @@ def write(folder: Storage, study: Study, plan: Plan, name: str, say: Callable[[s
         return {}
     result = {"study": name, "seeds": list(study.seeds), **numbers(study, rows), "clock": clock(folder, plan)}
     folder.write("study.json", json.dumps(result, indent=1).encode())
-    text = "\n".join(lines(result))
+    answers = [row for part in rows.values() for row in part]
+    one = len(study.seeds) == 1  # no interval over seeds: over prompts, as an evaluation's
+    text = "\n".join([*lines(result), *(["", over_prompts.render(answers)] if one else [])])
     folder.write("study.txt", f"{text}\n".encode())
     where = {"study": name, "about": study.about, "recipe": study.recipe, "seeds": ", ".join(map(str, study.seeds))}
+    x, y = over_prompts.axes(answers)
+    table = over_prompts.table(answers) if one else summary(rows)
     write_report(
         folder,
         title=f"Study {name}",
-        x_name="reward on benign prompts",
-        y_name="share of harmful prompts answered safely",
-        summary=summary(rows),
-        points=points(result["contenders"]),
-        comparisons=comparisons(result),
+        x_name=x[1] if one else "reward on benign prompts",
+        y_name=y[1] if one else "share of harmful prompts answered safely",
+        summary=table,
+        points=over_prompts.points(answers, table, x, y) if one else points(result["contenders"]),
+        comparisons=by_prompt(study, answers) if one else comparisons(result),
         routing=routing(folder, study, plan),
-        answers=[row for part in rows.values() for row in part],
+        answers=answers,
         curves=curves(folder, study, plan),
-        about={**where, "intervals": INTERVALS, "version": __version__, "numbers": text},
+        about={**where, "intervals": OVER_PROMPTS if one else INTERVALS, "version": __version__, "numbers": text},
     )
     say(text)
     say(f"report: {folder.uri}/report.html, every number: {folder.uri}/study.json, every answer: {folder.uri}/answers.csv")
@@ -94,6 +100,21 @@ def comparisons(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     for c in result["comparisons"]:
         for key, when in (("equal_steps", "at equal steps"), ("equal_kl", "at equal KL from the base")):
             add(f"win rate by {c['by']}: {c['of']} against {c['against']}, {when}", c[key], 0.5)
+    return told
+
+
+def by_prompt(study: Study, answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The main contender against each other one, and the study's win rates, with intervals over prompts."""
+    told = []
+    for against in dict.fromkeys(r["model"] for r in answers if r["model"] != study.main):
+        told += over_prompts.comparisons([dict(r) for r in answers if r["model"] in (study.main, against)], against)
+    for c in study.comparisons:
+        of, against = ([r for r in answers if r["model"] == name] for name in (c.of, c.against))
+        figure = {"reward": "reward", "cost": "safety"}[c.by]
+        if prompts := len(set(paired(of, against, figure)[2].tolist())):
+            value, low, high = win_rate(of, against, figure)
+            told.append({"name": f"win rate by {c.by}: {c.of} against {c.against}", "value": value, "low": low, "high": high})
+            told[-1] |= {"n": prompts, "over": "prompts", "reference": 0.5}
     return told
 
 
