@@ -12,6 +12,7 @@ from typing import Any
 FAMILIES = {"base": "#64748b", "expert": "#2563eb", "baseline": "#d97706", "routed": "#059669", "model": "#7c3aed"}
 MORE = ("#db2777", "#0891b2", "#65a30d", "#9333ea", "#b45309", "#475569")
 HARMFUL, BENIGN, INK, FAINT = "#dc2626", "#0d9488", "#1e293b", "#e2e8f0"
+CROWD = 12
 FONT = "font-family=\"system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif\" font-size=\"12\""
 
 
@@ -113,24 +114,32 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
 
 
 def picture(points: Sequence[Point], x_name: str, y_name: str, title: str = "") -> str:
-    """Safety against helpfulness: a dot a model, its intervals as a cross, the undominated models joined."""
+    """Safety against helpfulness: a dot a model, its intervals as a cross, the undominated models joined.
+
+    Among more than ``CROWD`` models a label is shown on these, on the base, and where it covers nothing; all on pointing at a dot.
+    """
+    crowded = len(points) > CROWD
     spans = [(p.x, p.x_low, p.x_high, p.y, p.y_low, p.y_high) for p in points]
-    chart = Chart(
-        [v for s in spans for v in s[:3]], [v for s in spans for v in s[3:]], x_name, y_name, title=title, size=(640, 440)
-    )
+    size = (1120, 700) if crowded else (640, 440)
+    xs, ys = ([v for span in spans for v in span[part]] for part in (slice(3), slice(3, None)))
+    chart = Chart(xs, ys, x_name, y_name, title=title, size=size)
     colour = colours([p.family for p in points])
     chart.key([(f, colour[f]) for f in dict.fromkeys(p.family for p in points)])
     front = sorted((p for p in points if not any(_dominates(q, p) for q in points)), key=lambda p: p.x)
     if len(front) > 1:
         chart.path([(p.x, p.y) for p in front], "#94a3b8", 'stroke-dasharray="3 5"')
+    cross = (1, 'stroke-opacity=".3"') if crowded else (2, 'stroke-opacity=".5"')
     for p in points:
         if math.isfinite(p.x_low):
-            chart.line(p.x_low, p.y, p.x_high, p.y, colour[p.family], 2, 'stroke-opacity=".5"')
+            chart.line(p.x_low, p.y, p.x_high, p.y, colour[p.family], *cross)
         if math.isfinite(p.y_low):
-            chart.line(p.x, p.y_low, p.x, p.y_high, colour[p.family], 2, 'stroke-opacity=".5"')
+            chart.line(p.x, p.y_low, p.x, p.y_high, colour[p.family], *cross)
     for p in points:
-        chart.add(f'<circle cx="{chart.x(p.x):.1f}" cy="{chart.y(p.y):.1f}" r="5.5" fill="{colour[p.family]}" stroke="#fff"/>')
-    _labels(chart, points, colour)
+        told = f"<title>{text_of(p.label)}: {p.x:.3g}, {p.y:.3g}</title>"
+        place = f'cx="{chart.x(p.x):.1f}" cy="{chart.y(p.y):.1f}"'
+        chart.add(f'<circle {place} r="5.5" fill="{colour[p.family]}" stroke="#fff">{told}</circle>')
+    named = [p for p in points if p in front or p.family == "base"] if crowded else points
+    _labels(chart, sorted(points, key=lambda p: p not in named), colour, len(named))
     return chart.svg()
 
 
@@ -138,8 +147,9 @@ def _dominates(a: Point, b: Point) -> bool:
     return a.x >= b.x and a.y >= b.y and (a.x > b.x or a.y > b.y)
 
 
-def _labels(chart: Chart, points: Sequence[Point], colour: dict[str, str]) -> None:
-    """Each label where it covers least: dots, crosses, labels placed before, the edge."""
+def _labels(chart: Chart, points: Sequence[Point], colour: dict[str, str], always: int) -> None:
+    """Each label where it covers least: dots, crosses, labels placed before, the edge; behind the first ``always`` points' only
+    those that cover next to nothing."""
     taken = []
     for p in points:
         x, y = chart.x(p.x), chart.y(p.y)
@@ -148,7 +158,7 @@ def _labels(chart: Chart, points: Sequence[Point], colour: dict[str, str]) -> No
             taken.append((chart.x(p.x_low), y - 2, chart.x(p.x_high), y + 2))
         if math.isfinite(p.y_low):
             taken.append((x - 2, chart.y(p.y_high), x + 2, chart.y(p.y_low)))
-    for p in points:
+    for number, p in enumerate(points):
         x, y, width = chart.x(p.x), chart.y(p.y), 7.2 * len(p.label)
         places = [(left, y + dy) for dy in (-8, 14, -22, 28) for left in (x + 9, x - 9 - width)]
 
@@ -159,6 +169,8 @@ def _labels(chart: Chart, points: Sequence[Point], colour: dict[str, str]) -> No
             return covered + 50 * outside
 
         best = min(places, key=cost)
+        if number >= always and cost(best) > 40:  # square pixels: a thin cross or two
+            continue
         taken.append((best[0], best[1] - 10, best[0] + width, best[1] + 3))
         more = 'font-weight="600" stroke="#fff" stroke-width="3" paint-order="stroke"'
         chart.add(f'<text x="{best[0]:.1f}" y="{best[1]:.1f}" fill="{colour[p.family]}" {more}>{text_of(p.label)}</text>')
