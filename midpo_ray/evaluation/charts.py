@@ -116,7 +116,7 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
 def picture(points: Sequence[Point], x_name: str, y_name: str, title: str = "") -> str:
     """Safety against helpfulness: a dot a model, its intervals as a cross, the undominated models joined.
 
-    Among more than ``CROWD`` models a label is shown on these, on the base, and where it covers nothing; all on pointing at a dot.
+    Among more than ``CROWD`` models a label is shown on these, on the base, and where it has room; all on pointing at a dot.
     """
     crowded = len(points) > CROWD
     spans = [(p.x, p.x_low, p.x_high, p.y, p.y_low, p.y_high) for p in points]
