@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def test_a_hang_is_named_and_ended(tmp_path):
         watch.beat(7, "train")
         assert ended.wait(10)
     (line,) = faults.new()
-    assert line.startswith("safety: rank 1 on node node-b hangs: step 7, phase train, for 0 s")
+    assert re.match(r"safety: rank 1 on node node-b hangs: step 7, phase train, for \d+ s", line)
     assert faults.new() == []
     assert Faults(run).new() == []  # another driver tells only what is new
     assert "test_watch.py" in (tmp_path / "logs/faults/safety-1.log").read_text()  # every thread's stack
@@ -44,8 +45,8 @@ def test_a_hang_is_named_and_ended(tmp_path):
 
 def test_beats_keep_the_watch_quiet(tmp_path):
     ended = threading.Event()
-    with Watch(Storage(tmp_path), "safety", 0, "node-a", patience=0.5, end=ended.set) as watch:
-        for step in range(10):
+    with Watch(Storage(tmp_path), "safety", 0, "node-a", patience=2.0, end=ended.set) as watch:
+        for step in range(30):
             watch.beat(step, "train")
             time.sleep(0.1)
     assert not ended.is_set()
@@ -112,7 +113,7 @@ class Away:
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(storage_module, "_PAUSE", 0.01)
-    monkeypatch.setattr(storage_module, "PATIENCE", 0.2)
+    monkeypatch.setattr(storage_module, "PATIENCE", 2.0)
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
