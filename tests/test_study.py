@@ -270,7 +270,7 @@ def test_a_killed_study_goes_on(tmp_path):
     joint = {r["model"]: r for r in report["summary"] if r["figure"] == "joint" and "category" not in r}
     assert len(joint) == 6
     assert all(r["low"] <= r["value"] <= r["high"] and r["prompts"] == 12 for r in joint.values())
-    assert any(c["over"] == "prompts" for c in report["comparisons"])
+    assert any(c["over"] == "prompts of miniature" and c["low"] <= c["value"] <= c["high"] for c in report["comparisons"])
 
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 0
