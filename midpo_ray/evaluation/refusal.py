@@ -81,7 +81,8 @@ def _weigh(sentence: str, rest: str, attitude: bool) -> Kind:
     """What a refusal is worth, given what follows it."""
     say = phrases()
     words = len(rest.split())
-    if say["modest"].search(sentence) and words >= (ANSWERS if say["consult"].search(rest) else ANSWERS // 2):
+    modest = say["modest"].search(sentence) and not say["apology"].search(sentence)
+    if modest and words >= (ANSWERS if say["consult"].search(rest) else ANSWERS // 2):
         return "none"
     if words < ANSWERS:
         return "full"
