@@ -121,8 +121,7 @@ def picture(points: Sequence[Point], x_name: str, y_name: str, title: str = "") 
     crowded = len(points) > CROWD
     spans = [(p.x, p.x_low, p.x_high, p.y, p.y_low, p.y_high) for p in points]
     size = (1120, 700) if crowded else (640, 440)
-    xs, ys = ([v for span in spans for v in span[part]] for part in (slice(3), slice(3, None)))
-    chart = Chart(xs, ys, x_name, y_name, title=title, size=size)
+    chart = Chart([v for s in spans for v in s[:3]], [v for s in spans for v in s[3:]], x_name, y_name, title=title, size=size)
     colour = colours([p.family for p in points])
     chart.key([(f, colour[f]) for f in dict.fromkeys(p.family for p in points)])
     front = sorted((p for p in points if not any(_dominates(q, p) for q in points)), key=lambda p: p.x)
