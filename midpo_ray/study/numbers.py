@@ -18,6 +18,7 @@ from .spec import Comparison, Study
 Rows = Sequence[Mapping[str, Any]]
 BySeed = dict[int, float]
 FIGURES = ("helpfulness", "safe_rate", "refusal_benign", "joint", "malformed", "truncated", "reward", "safety")
+JUDGED = {"reward": "reward", "cost": "safety"}  # what a comparison is by -> the figure in which more is better
 AXES = ("helpfulness", "safe_rate")  # of the picture: reward on benign prompts, share of harmful ones answered safely
 
 
@@ -68,7 +69,7 @@ def difference(a: BySeed, b: BySeed) -> dict[str, Any]:
 
 def win_rates(of: Rows, against: Rows, by: str) -> BySeed:
     """Share of prompts, seed by seed, where the answer of ``of`` has the higher reward or the lower cost; ties half."""
-    figure = {"reward": "reward", "cost": "safety"}[by]
+    figure = JUDGED[by]
     mine, theirs = of_seeds(of), of_seeds(against)
     rates = {}
     for seed in (s for s in mine if s in theirs):

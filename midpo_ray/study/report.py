@@ -13,7 +13,7 @@ from ..evaluation.figures import FIGURES, paired, seed_means, win_rate
 from ..evaluation.report import Point, write_report
 from ..pipeline.signals import read_table
 from ..storage import Storage
-from .numbers import AXES, numbers, over_seeds
+from .numbers import AXES, JUDGED, numbers, over_seeds
 from .plan import Plan
 from .spec import Study
 from .work import RECORD
@@ -44,16 +44,10 @@ def write(folder: Storage, study: Study, plan: Plan, name: str, say: Callable[[s
     text = "\n".join([*lines(result), *(["", over_prompts.render(answers)] if one else [])])
     folder.write("study.txt", f"{text}\n".encode())
     where = {"study": name, "about": study.about, "recipe": study.recipe, "seeds": ", ".join(map(str, study.seeds))}
-    x, y = over_prompts.axes(answers)
-    table = over_prompts.table(answers) if one else summary(rows)
     write_report(
         folder,
         title=f"Study {name}",
-        x_name=x[1] if one else "reward on benign prompts",
-        y_name=y[1] if one else "share of harmful prompts answered safely",
-        summary=table,
-        points=over_prompts.points(answers, table, x, y) if one else points(result["contenders"]),
-        comparisons=by_prompt(study, answers) if one else comparisons(result),
+        **(shown_by_prompt(study, answers) if one else shown_by_seed(rows, result)),
         routing=routing(folder, study, plan),
         answers=answers,
         curves=curves(folder, study, plan),
@@ -62,6 +56,30 @@ def write(folder: Storage, study: Study, plan: Plan, name: str, say: Callable[[s
     say(text)
     say(f"report: {folder.uri}/report.html, every number: {folder.uri}/study.json, every answer: {folder.uri}/answers.csv")
     return result
+
+
+def shown_by_seed(rows: Mapping[str, Sequence[Mapping[str, Any]]], result: Mapping[str, Any]) -> dict[str, Any]:
+    """What the report shows with intervals over seeds."""
+    return {
+        "x_name": "reward on benign prompts",
+        "y_name": "share of harmful prompts answered safely",
+        "summary": summary(rows),
+        "points": points(result["contenders"]),
+        "comparisons": comparisons(result),
+    }
+
+
+def shown_by_prompt(study: Study, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The same with intervals over prompts."""
+    x, y = over_prompts.axes(answers)
+    table = over_prompts.table(answers)
+    return {
+        "x_name": x[1],
+        "y_name": y[1],
+        "summary": table,
+        "points": over_prompts.points(answers, table, x, y),
+        "comparisons": by_prompt(study, answers),
+    }
 
 
 def summary(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
@@ -103,14 +121,14 @@ def comparisons(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     return told
 
 
-def by_prompt(study: Study, answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def by_prompt(study: Study, answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The main contender against each other one, and the study's win rates, with intervals over prompts."""
     told = []
     for against in dict.fromkeys(r["model"] for r in answers if r["model"] != study.main):
-        told += over_prompts.comparisons([dict(r) for r in answers if r["model"] in (study.main, against)], against)
+        told += over_prompts.comparisons([r for r in answers if r["model"] in (study.main, against)], against)
     for c in study.comparisons:
         of, against = ([r for r in answers if r["model"] == name] for name in (c.of, c.against))
-        figure = {"reward": "reward", "cost": "safety"}[c.by]
+        figure = JUDGED[c.by]
         if prompts := len(set(paired(of, against, figure)[2].tolist())):
             value, low, high = win_rate(of, against, figure)
             told.append({"name": f"win rate by {c.by}: {c.of} against {c.against}", "value": value, "low": low, "high": high})
