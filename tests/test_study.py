@@ -123,6 +123,23 @@ def test_a_training_seed_keeps_the_world(tmp_path):
     assert len(set(graph.answers.values())) == 12
 
 
+@pytest.mark.parametrize("changed", ["prompts.csv", "my_reward.py"])
+def test_other_prompts_or_another_judge_are_answers_anew(tmp_path, monkeypatch, changed):
+    """The names stay, what they stand for changes: every answer is anew, every training stays."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "prompts.csv").write_text("prompt,harmful\nhello,0\n")
+    (tmp_path / "my_reward.py").write_text("def reward(prompts, responses):\n    return [0.0] * len(prompts)\n")
+    judges = ["phrases", "reward=my_reward:reward"]
+    path = write(tmp_path, content(seeds=[0], sets=[str(tmp_path / "prompts.csv")], judges=judges))
+    before = plan(*load_study(path), "test")
+    assert plan(*load_study(path), "test") == before
+    with (tmp_path / changed).open("a") as file:
+        file.write("\n# more\n")
+    after = plan(*load_study(path), "test")
+    assert not set(before.answers.values()) & set(after.answers.values())
+    assert set(before.units) - set(before.answers.values()) == set(after.units) - set(after.answers.values())
+
+
 @pytest.mark.parametrize("name", shipped_studies())
 def test_shipped_studies_load_and_plan(name):
     study, config = load_study(name)

@@ -15,11 +15,12 @@ from typing import Any, Literal
 
 from ..config import Config, Group, digest
 from ..errors import UserError
-from ..pipeline.plan import fingerprints
+from ..evaluation.judges import load_judge
+from ..pipeline.plan import content_id, fingerprints
 from .spec import Contender, Study
 
 Kind = Literal["worlds", "trainings", "answers"]
-VERSION = 1  # of the answers' columns and judges: raise it when they change
+VERSION = 1  # of the answers' columns: raise it when they change
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,9 @@ def plan(study: Study, config: Config, where: str) -> Plan:
     """
     units: dict[str, Unit] = {}
     answers: dict[tuple[str, int], str] = {}
+    asked = digest(
+        study.answers, [content_id(s) for s in study.sets], study.split, [load_judge(j).fingerprint for j in study.judges]
+    )
     for seed in study.seeds:
         seeded = config.model_copy(update={study.vary: seed})
         world = digest("world", fingerprints(seeded)["score"])
@@ -98,7 +102,7 @@ def plan(study: Study, config: Config, where: str) -> Plan:
                 )
                 units.setdefault(unit.id, unit)
                 trained.append(unit.id)
-            drawn = digest(study.answers, study.sets, study.split, study.judges, mine.seed_of_training)
+            drawn = digest(asked, mine.seed_of_training)
             told = digest("answers", VERSION, world, contender.serve, contender.gates, trained, drawn)
             if told in units:
                 other = units[told].contender
