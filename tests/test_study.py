@@ -138,6 +138,8 @@ def test_other_prompts_or_another_judge_are_answers_anew(tmp_path, monkeypatch, 
     after = plan(*load_study(path), "test")
     assert not set(before.answers.values()) & set(after.answers.values())
     assert set(before.units) - set(before.answers.values()) == set(after.units) - set(after.answers.values())
+    said = [{graph.units[u].said for u in graph.answers.values()} for graph in (before, after)]
+    assert (said[0] == said[1]) == (changed == "my_reward.py")  # another judge: nothing is generated anew
 
 
 @pytest.mark.parametrize("name", shipped_studies())

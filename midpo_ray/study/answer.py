@@ -1,4 +1,4 @@
-"""What a contender says to every prompt, judged; how far it is from its base; and what its gates did."""
+"""What a contender says to every prompt, how far it is from its base, and what its gates did; then the judges."""
 
 from __future__ import annotations
 
@@ -89,10 +89,9 @@ def answers(
     contender: Mapping[str, Any],
     trained: Mapping[str, Path],
     prompts: Sequence[Prompt],
-    judges: Sequence[str],
     options: generate.Options,
-) -> tuple[pa.Table, dict[str, Any] | None]:
-    """One row a prompt of the answers table, and what the report shows of a router.
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """One row a prompt of the answers table, not judged yet, and what the report shows of a router; plain values.
 
     ``log_ratio`` is log pi(y|x) - log pi_ref(y|x) of the answer, nats: its mean is the KL from the base where answers are sampled
     at temperature 1. What is drawn hangs on prompt and seed alone, so contenders share their luck.
@@ -126,6 +125,11 @@ def answers(
             routing["rows"].append({"harmful": p.harmful, **gates})
         if "map" in value:
             routing["examples"].append({"title": f"{p.category} {p.id}", "harmful": p.harmful, **value["map"]})
+    return rows, routing if routed else None
+
+
+def judged(rows: Sequence[dict[str, Any]], prompts: Sequence[Prompt], judges: Sequence[str]) -> pa.Table:
+    """The answers table: ``rows`` of ``answers`` with the judges' columns."""
     turns = {(p.set, p.id): p.turns for p in prompts}
     for spec in judges:
         job = load_judge(spec).job
@@ -135,7 +139,7 @@ def answers(
     for row in rows:
         if row.get("cost") is not None:
             row.setdefault("safe", row["cost"] < 0)
-    return answers_table(rows), routing if routed else None
+    return answers_table(rows)
 
 
 def _examples(prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -4,6 +4,7 @@
     <study>/trainings/<id>/   an expert's adapter, or both adapters and the router trained on them, as in a run directory
     <study>/answers/<id>/     answers.parquet: what one contender says to every prompt, judged
     each with record.json, written last: a unit is done where it stands
+    <study>/said/<id>.json    what it says, before the judges: another judge generates nothing anew
 
 An id is a digest of all that the result hangs on, so contenders share trainings, and an edited study keeps what it still needs.
 """
@@ -16,11 +17,11 @@ from typing import Any, Literal
 from ..config import Config, Group, digest
 from ..errors import UserError
 from ..evaluation.judges import load_judge
-from ..pipeline.plan import content_id, fingerprints
+from ..pipeline.plan import content_id, fingerprints, inputs
 from .spec import Contender, Study
 
 Kind = Literal["worlds", "trainings", "answers"]
-VERSION = 1  # of the answers' columns: raise it when they change
+VERSION = 2  # of the answers' columns: raise it when they change
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Unit:
     world: str
     stage: str = ""  # of a training
     contender: Contender | None = None  # of answers
+    said: str = ""  # of answers: where what is said lies
 
     @property
     def folder(self) -> str:
@@ -49,7 +51,7 @@ class Unit:
     def spec(self, folder: str, study: Study) -> dict[str, Any]:
         """All that a worker needs, as plain values."""
         return {
-            **{key: getattr(self, key) for key in ("kind", "id", "folder", "seed", "needs", "world", "stage")},
+            **{key: getattr(self, key) for key in ("kind", "id", "folder", "seed", "needs", "world", "stage", "said")},
             "config": self.config.model_dump(mode="json"),
             "contender": self.contender.model_dump() if self.contender else None,
             "study": folder,
@@ -81,9 +83,8 @@ def plan(study: Study, config: Config, where: str) -> Plan:
     """
     units: dict[str, Unit] = {}
     answers: dict[tuple[str, int], str] = {}
-    asked = digest(
-        study.answers, [content_id(s) for s in study.sets], study.split, [load_judge(j).fingerprint for j in study.judges]
-    )
+    asked = digest(study.answers, [content_id(s) for s in study.sets], study.split)
+    judges = [load_judge(j).fingerprint for j in study.judges]
     for seed in study.seeds:
         seeded = config.model_copy(update={study.vary: seed})
         world = digest("world", fingerprints(seeded)["score"])
@@ -103,12 +104,15 @@ def plan(study: Study, config: Config, where: str) -> Plan:
                 units.setdefault(unit.id, unit)
                 trained.append(unit.id)
             drawn = digest(asked, mine.seed_of_training)
-            told = digest("answers", VERSION, world, contender.serve, contender.gates, trained, drawn)
+            said = digest("said", VERSION, inputs(mine), contender.serve, contender.gates, trained, drawn)
+            told = digest("answers", said, judges)
             if told in units:
                 other = units[told].contender
                 raise UserError(f"{where}: the contenders {other.name if other else ''!r} and {contender.name!r} are the same")
             about = f"answers of {contender.name}"
-            units[told] = Unit("answers", told, about, seed, mine, (*trained, world), world, contender=contender)
+            units[told] = Unit(
+                "answers", told, about, seed, mine, (*trained, world), world, contender=contender, said=f"said/{said}.json"
+            )
             answers[contender.name, seed] = told
     return Plan(units, answers)
 

@@ -138,8 +138,9 @@ def by_prompt(study: Study, answers: Sequence[dict[str, Any]]) -> list[dict[str,
 
 def routing(folder: Storage, study: Study, plan: Plan) -> dict[str, Any]:
     """The main contender's gates on the first seed's prompts."""
-    name = f"answers/{plan.answers[study.main, study.seeds[0]]}/routing.json"
-    return {study.main: json.loads(folder.read(name))} if folder.exists(name) else {}
+    name = plan.units[plan.answers[study.main, study.seeds[0]]].said
+    found = json.loads(folder.read(name))["routing"] if folder.exists(name) else None
+    return {study.main: found} if found else {}
 
 
 def curves(folder: Storage, study: Study, plan: Plan) -> dict[str, list[tuple[float, float]]]:

@@ -18,6 +18,7 @@ from ..storage import Storage
 from .spec import STAGES
 
 if TYPE_CHECKING:
+    from ..evaluation.generate import Options
     from ..evaluation.prompts import Prompt
 
 RECORD = "record.json"
@@ -125,22 +126,28 @@ def train(spec: dict[str, Any], config: Config, study: Storage) -> None:
 
 
 def answer(spec: dict[str, Any], config: Config, study: Storage) -> None:
-    """answers.parquet of one contender, and a router's gates in routing.json."""
+    """answers.parquet of one contender; what it says, and a router's gates, are kept for other judges."""
     from ..evaluation.generate import Options
+    from .answer import judged
+
+    settings = dict(spec["answers"])
+    prompts = prompts_of(spec["sets"], spec["split"], settings.pop("prompts"), config.seed)
+    if not study.exists(spec["said"]):
+        rows, routing = generated(spec, config, study, prompts, Options(**settings))
+        study.write(spec["said"], json.dumps({"rows": rows, "routing": routing}).encode())
+    said = json.loads(study.read(spec["said"]))
+    write_table(study / spec["folder"], "answers.parquet", judged(said["rows"], prompts, spec["judges"]))
+
+
+def generated(spec: dict[str, Any], config: Config, study: Storage, prompts: Sequence[Prompt], options: Options) -> Any:
     from .answer import answers
 
     needed = dict(zip(STAGES[spec["contender"]["serve"]], spec["needs"], strict=False))
-    settings = dict(spec["answers"])
-    prompts = prompts_of(spec["sets"], spec["split"], settings.pop("prompts"), config.seed)
     with tempfile.TemporaryDirectory() as scratch:
         trained = {s: (study / "trainings" / unit).download(FOLDERS[s], Path(scratch) / s) for s, unit in needed.items()}
         if "router" in needed:  # a run directory, with the adapters that it was trained on
             trained["router"] = (study / "trainings" / needed["router"]).download("", Path(scratch) / "run")
-        options = Options(**settings)
-        table, routing = answers(resolved(config, study), spec["contender"], trained, prompts, spec["judges"], options)
-    write_table(study / spec["folder"], "answers.parquet", table)
-    if routing:
-        study.write(f"{spec['folder']}/routing.json", json.dumps(routing).encode())
+        return answers(resolved(config, study), spec["contender"], trained, prompts, options)
 
 
 def prompts_of(sets: Sequence[str], split: str, limit: int | None, seed: int) -> list[Prompt]:
