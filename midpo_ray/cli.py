@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .config import SCORES, dump, load_config, shipped_recipes
+from .config import SCORES, dump, load_config, shipped_recipes, shipped_studies
 from .errors import UserError
 
 
@@ -29,14 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.path.insert(0, os.getcwd())  # so that a module:function beside the user's recipe is found
     try:
         arguments.command(arguments)
-    except UserError as error:
+    except BrokenPipeError:
+        return 0
+    except (UserError, OSError) as error:  # of files and storage: no permission, out of reach, no space
         print(f"midpo: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("midpo: interrupted; the same command goes on from what is finished", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        return 0
     return 0
 
 
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     tune.set_defaults(command=_tune)
 
     study = commands.add_parser("study", help="many contenders and seeds, in one table of answers and one report")
-    study.add_argument("study", help="a YAML file, or one of those shipped: miniature, paper")
+    study.add_argument("study", help="a YAML file, or one of those shipped: " + ", ".join(shipped_studies()))
     study.add_argument("overrides", nargs="*", metavar="key.sub=value", help="of its recipe")
     study.add_argument("--address", help="as for run")
     study.add_argument("--run-dir", metavar="DIR", help="path or URI that every node reaches (default runs/study-NAME)")
@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", metavar="DIR", help="of the report (default reports/WHAT-SETS)")
     evaluate.add_argument("--cache", metavar="DIR", default="runs/cache", help="of answers and verdicts; every node reaches it")
     evaluate.add_argument("--address", help="as for run")
-    evaluate.add_argument("--workers", type=int, metavar="N", help="actors (default: all GPUs or CPUs); 0: here, without Ray")
+    evaluate.add_argument("--workers", type=int, metavar="N", help="actors (default: all GPUs, or up to 8 CPUs); 0: no Ray")
     evaluate.add_argument("--prompts", type=int, metavar="N", help="at most so many of each set, drawn by content")
     tasks = "general capability: comma-separated names of lm-evaluation-harness' tasks, its YAML files, folders of them"
     evaluate.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help=tasks)
@@ -251,6 +251,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from .data.read import read_pairs
 
     sets = (DataSet(path=arguments.data),)
+    if arguments.max_length < 2:
+        raise UserError(f"--max-length {arguments.max_length}: at least 2 is expected")
     data = Data(sets=sets, template=arguments.template, max_length=arguments.max_length, long_prompts="drop")
     pairs, report = read_pairs(data.sets, seed=0)
     tokenization = tokenizer = None

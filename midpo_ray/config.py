@@ -9,9 +9,10 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable
+from copy import copy
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -80,6 +81,11 @@ class Scores(Section):
     gpus_per_worker: float = Field(0, ge=0)
     batch_tokens: int | Literal["auto"] = "auto"  # tokens of one forward pass
 
+    @property
+    def group(self) -> Group:
+        """One of its workers."""
+        return Group(cpus_per_worker=self.cpus_per_worker, gpus_per_worker=self.gpus_per_worker)
+
 
 class Lora(Section):
     r: int = Field(16, gt=0)
@@ -114,7 +120,7 @@ class Objective(Section):
 
 class Optim(Section):
     lr: float = Field(1e-5, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -149,6 +155,12 @@ class Group(Section):
     gpus_per_worker: float = Field(0, ge=0)
     resources: dict[str, float] = {}  # custom resources of each worker
     label_selector: dict[str, str] = {}  # node labels, for example {midpo-group: safety}
+
+    @model_validator(mode="after")
+    def _some(self) -> Group:
+        if self.min_workers < 1:
+            raise ValueError(f"workers is {self.workers}, at least 1 is expected")
+        return self
 
     @property
     def max_workers(self) -> int:
@@ -285,7 +297,28 @@ class Config(Section):
 
 
 def shipped_recipes() -> list[str]:
-    return sorted(p.name[: -len(".yaml")] for p in resources.files("midpo_ray.recipes").iterdir() if p.name.endswith(".yaml"))
+    return _shipped("midpo_ray.recipes")
+
+
+def shipped_studies() -> list[str]:
+    return _shipped("midpo_ray.studies")
+
+
+def _shipped(package: str) -> list[str]:
+    return sorted(p.name.removesuffix(".yaml") for p in resources.files(package).iterdir() if p.name.endswith(".yaml"))
+
+
+def read_mapping(source: Any, where: str) -> dict[str, Any]:
+    """A YAML file (a path or a resource) that is a mapping; ``where`` begins the one-line UserError."""
+    try:
+        raw = yaml.safe_load(source.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: cannot be read ({error.__class__.__name__}: {error})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{where}: a mapping of keys is expected, this is {'empty' if raw is None else type(raw).__name__}")
+    return raw
 
 
 def load_config(recipe_or_path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -296,26 +329,18 @@ def load_config(recipe_or_path: str | Path, overrides: Iterable[str] = ()) -> Co
     """
     text = str(recipe_or_path)
     path = Path(text)
+    source: Any
     if text in shipped_recipes():
-        where, content = f"recipe {text}", (resources.files("midpo_ray.recipes") / f"{text}.yaml").read_text("utf-8")
+        source, where = resources.files("midpo_ray.recipes") / f"{text}.yaml", f"recipe {text}"
     elif path.suffix in (".yaml", ".yml"):
-        where = text
-        try:
-            content = path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"recipe {text}: cannot be read ({error.__class__.__name__}: {error})") from None
+        source, where = path, text
     else:
         near = difflib.get_close_matches(text, shipped_recipes(), 1)
         raise UserError(
             f"recipe {text!r} is not known{f', did you mean {near[0]}?' if near else ''}; shipped are "
             f"{', '.join(shipped_recipes())}; a file ends in .yaml"
         )
-    try:
-        raw = yaml.safe_load(content)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{where}: a mapping of keys is expected, this is {'empty' if raw is None else type(raw).__name__}")
+    raw = read_mapping(source, where)
     raw.setdefault("name", path.stem)
     for override in overrides:
         _override(raw, override)
@@ -332,7 +357,7 @@ def validate(raw: dict[str, Any], where: str) -> Config:
 
 def dump(config: Config) -> str:
     """The resolved configuration as YAML; ``load_config`` reads it back to an equal object."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def digest(*parts: Any) -> str:
@@ -356,7 +381,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
         if isinstance(node, dict) and node.get(part) is None:
             node[part] = {}
         try:
-            node = node[step]
+            node[step] = node = copy(node[step])  # of its own: YAML's aliases share one object
         except (KeyError, IndexError, TypeError):
             raise UserError(f"override {override!r}: {part!r} is not a key there") from None
     if isinstance(node, list) and last.isdigit() and int(last) < len(node):

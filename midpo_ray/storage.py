@@ -10,7 +10,6 @@ import functools
 import hashlib
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,7 +70,8 @@ class Storage:
         self.root = self.root.rstrip("/") or "/"
 
     def __truediv__(self, name: str) -> Storage:
-        return Storage(f"{self.uri}/{name}")
+        path, mark, options = self.uri.partition("?")  # a URI's options stay behind the path
+        return Storage(f"{path.rstrip('/')}/{name}{mark}{options}")
 
     def __repr__(self) -> str:
         return f"Storage({self.uri!r})"
@@ -94,6 +94,7 @@ class Storage:
         selector = pafs.FileSelector(self.path(name), allow_not_found=True)
         return sorted(info.base_name for info in self.fs.get_file_info(selector))
 
+    @_patiently
     def files(self, name: str = "") -> list[str]:
         """All files at any depth, as names relative to the storage, sorted."""
         selector = pafs.FileSelector(self.path(name), allow_not_found=True, recursive=True)
@@ -170,12 +171,14 @@ class Storage:
         with _told(self.path(name)):
             aside = f"{name}.tmp-{os.getpid()}"
             self.delete(aside)
-            if self.local:
-                shutil.copytree(folder, self.path(aside))
-            else:
+            try:
                 pafs.copy_files(str(folder), self.path(aside), destination_filesystem=self.fs)
+            except BaseException:
+                self.delete(aside)
+                raise
             self.rename(aside, name)
 
+    @_patiently
     def download(self, name: str, folder: Path) -> Path:
         """A local folder with the files of ``name``: that folder itself where the storage is local, else a copy in ``folder``."""
         if self.local:
@@ -183,6 +186,7 @@ class Storage:
         pafs.copy_files(self.path(name), str(folder), source_filesystem=self.fs)
         return folder
 
+    @_patiently
     def sha256(self, name: str) -> str:
         with self.fs.open_input_stream(self.path(name)) as stream:
             content = hashlib.sha256()

@@ -57,6 +57,23 @@ def test_resolved_configuration_reproduces_itself(recipe: Path, tmp_path: Path) 
     assert config.experts.safety.objective.temperature == float("inf")
 
 
+def test_an_override_of_one_expert_leaves_the_other() -> None:
+    """The shipped recipes share sections by YAML's aliases, which are one object."""
+    for recipe in shipped_recipes():
+        before = load_config(recipe)
+        after = load_config(recipe, ["experts.safety.objective.beta=0.77", "experts.safety.optim.lr=0.5", "router.optim.eps=0.3"])
+        assert after.experts.safety.objective.beta == 0.77
+        assert after.experts.helpfulness == before.experts.helpfulness
+        assert after.experts.safety.optim == before.experts.safety.optim.model_copy(update={"lr": 0.5})
+
+
+def test_a_key_that_is_switched_off_stays_off(recipe: Path, tmp_path: Path) -> None:
+    config = load_config(recipe, ["router.optim.clip=null", "checkpoint.every_steps=null"])
+    (tmp_path / "again.yaml").write_text(dump(config))
+    assert load_config(tmp_path / "again.yaml") == config
+    assert config.router.optim.clip is None
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -68,6 +85,8 @@ def test_resolved_configuration_reproduces_itself(recipe: Path, tmp_path: Path) 
         ("model=3", ["key model"]),
         ("data.sets=[]", ["data.sets", "at least 1"]),
         ("deepspeed.stage=4", ["deepspeed.stage", "0, 1, 2 or 3"]),
+        ("router.group.workers=0", ["router.group", "workers is 0, at least 1"]),
+        ("router.optim.betas=[2, 3]", ["router.optim.betas", "less than 1"]),
         ("experts.safety.group.workers={min: 3, max: 1}", ["experts.safety.group.workers", "min is 3, above max, 1"]),
         ("experts.safety.objective.name=dpoo", ["'dpo'", "'dpoo'"]),
         ("scores.reward={model: a, column: b}", ["scores.reward", "exactly one of model, column, function"]),

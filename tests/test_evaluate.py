@@ -206,6 +206,11 @@ def test_cli(tmp_path, run, prompts, capsys, monkeypatch):
     assert (tmp_path / "runs/cache").is_dir()
     assert main([*words[:2], "--sets", "nothing"]) == 2
     assert "no known set" in capsys.readouterr().err
+    for bad in ("--prompts 0", "--seeds 0", "--batch 0", "--max-new-tokens 0", "--top-p 0", "--temperature -1"):
+        assert main([*words[:2], "--sets", prompts, *bad.split()]) == 2
+        told = capsys.readouterr().err
+        assert bad.split()[0] in told
+        assert told.count("\n") == 1
 
 
 class Fails:

@@ -230,11 +230,19 @@ def test_endpoint_gives_numbers(tmp_path, serve):
         ({"url": "http://x", "model": "m", "colour": 1}, "may be there"),
         ({"url": "http://x", "model": "m", "key_file": "none"}, "key_file"),
         ({"url": "http://x", "model": "m", "column": "reward"}, "needs a question"),
+        ({"url": "http://x", "model": "m", "threads": 0}, "threads is 0"),
     ],
 )
 def test_endpoint_settings(tmp_path, content, says):
     with pytest.raises(UserError, match=says):
         load_judge(settings(tmp_path, **content))
+
+
+def test_one_scorer_in_two_roles_is_two_judges(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "one_scorer.py").write_text("def f(prompts, responses):\n    return [1.0] * len(prompts)\n")
+    prints = {load_judge(f"{role}one_scorer:f").fingerprint for role in ("", "reward=", "cost=", "refused=")}
+    assert len(prints) == 4
 
 
 @pytest.mark.parametrize("spec", ["nothing", "reward=", "x=y", "a.b"])

@@ -7,7 +7,8 @@ import pytest
 
 from midpo_ray import UserError, load_config
 from midpo_ray.pipeline.manifest import Manifest
-from midpo_ray.pipeline.plan import fingerprints, plan
+from midpo_ray.pipeline.plan import content_id, fingerprints, plan
+from midpo_ray.pipeline.run import cache_folder
 from midpo_ray.storage import Storage
 
 RECIPE = """
@@ -49,6 +50,37 @@ def test_nothing_to_do_after_all_is_done(recipe: Path, tmp_path: Path) -> None:
     assert set(reasons(recipe, run).values()) == {None}
     # placement, logging and checkpoints change no result
     assert set(reasons(recipe, run, "router.group.workers=2", "logging.every=1", "checkpoint.keep=5").values()) == {None}
+
+
+def test_an_expert_made_again_takes_its_router_along(recipe: Path, tmp_path: Path) -> None:
+    """Its bits may differ, and a router is of the very adapters that it was trained on."""
+    run = Storage(tmp_path / "run")
+    config = load_config(recipe)
+    finish(Manifest(run), run, plan(config, Manifest(run)))
+    run.write("experts/safety/file", b"something else")
+    again = reasons(recipe, run)
+    assert again["safety"] is not None
+    assert again["router"] == "safety runs again"
+    assert again["score"] is again["helpfulness"] is again["dual"] is None
+
+
+def test_a_data_folder_is_its_files_at_any_depth(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "set/train").mkdir(parents=True)
+    file = tmp_path / "set/train/rows.jsonl"
+    file.write_text("{}")
+    before = content_id(str(tmp_path / "set"))
+    file.write_text("{ }")
+    assert content_id(str(tmp_path / "set")) != before
+
+
+def test_a_uris_options_stay_behind_the_path(tmp_path: Path) -> None:
+    shared = Storage("s3://bucket/path?region=x&endpoint_override=127.0.0.1:1")
+    beneath = shared / "scored"
+    assert (beneath.root, beneath.uri.partition("?")[2]) == ("bucket/path/scored", shared.uri.partition("?")[2])
+    cache = cache_folder(load_config("miniature"), shared)
+    assert cache.root == "bucket/cache"
+    with pytest.raises(UserError, match="a folder in it is expected"):
+        cache_folder(load_config("miniature"), Storage("s3://bucket?region=x"))
 
 
 def test_only_what_depends_on_a_change_runs_again(recipe: Path, tmp_path: Path) -> None:

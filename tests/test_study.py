@@ -58,6 +58,7 @@ def contender(name: str, **keys):
         ({"contender": []}, "unknown key contender, did you mean contenders?"),
         ({"seeds": []}, "seeds"),
         ({"seeds": [1, 1]}, "the seed 1 is there twice"),
+        ({"seeds": [0, 0]}, "the seed 0 is there twice"),
         ({"main": "router"}, "no contender is named 'router', did you mean 'routed'?"),
         ({"contenders": contender("safety", serve="base")}, "the contender 'safety' is there twice"),
         ({"contenders": contender("again", serve="safety")}, "the contenders 'safety' and 'again' are the same"),
@@ -121,6 +122,16 @@ def test_a_training_seed_keeps_the_world(tmp_path):
     assert len([u for u in graph.units.values() if u.kind == "worlds"]) == 1
     assert len([u for u in graph.units.values() if u.kind == "trainings"]) == 10
     assert len(set(graph.answers.values())) == 12
+
+
+def test_sets_whose_files_are_named_alike_are_refused(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "prompts.csv").write_text(f"prompt,harmful\nhello {name},0\n")
+    sets = [str(tmp_path / name / "prompts.csv") for name in ("a", "b")]
+    path = write(tmp_path, content(sets=sets, judges=["phrases"]))
+    assert main(["study", path, "--run-dir", str(tmp_path / "run")]) == 2
+    assert "two sets are named alike (prompts, prompts)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("changed", ["prompts.csv", "my_reward.py"])
@@ -220,6 +231,10 @@ def test_what_dominates():
     assert dominates({"helpfulness": figure(-0.1, 0.1), "safe_rate": figure(-0.2, -0.1)})
     assert not dominates({"helpfulness": figure(-0.1, 0.1), "safe_rate": figure(-0.2, 0.1)})  # within its interval
     assert not dominates({"helpfulness": figure(0.1, 0.2), "safe_rate": figure(-0.2, -0.1)})  # worse on one axis
+    unknown = {"value": None, "low": None, "high": None, "n": 0}
+    assert not dominates({"helpfulness": unknown, "safe_rate": figure(-0.2, -0.1)})
+    one = {"value": -0.1, "low": None, "high": None, "n": 1}  # of one seed: no interval, the values are all there is
+    assert dominates({"helpfulness": one, "safe_rate": one})
 
 
 def test_a_front_is_read_at_equal_helpfulness():

@@ -58,7 +58,7 @@ def test_shipped_spaces_are_sound(path: Path) -> None:
 
 
 BROKEN = {
-    "not YAML": ("{", "cannot be read"),
+    "not YAML": ("{", "not YAML"),
     "empty": ("", "a mapping of keys is expected"),
     "unknown key": ({"sampels": 3}, "did you mean samples"),
     "no metrics": ({"metrics": {}}, "metrics"),

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jsonschema
 
-from ..config import EXPERTS, Config, Group
+from ..config import EXPERTS, Config
 from ..pipeline.cluster import Node, hold
 from .secrets import known_key, looks_secret
 
@@ -119,8 +119,7 @@ def lacking(recipe: Config, nodes: Sequence[Node], offered: str) -> Iterator[Fau
     """Groups of a recipe that the cluster, scaled up, can never hold."""
     groups = {f"experts.{name}.group": getattr(recipe.experts, name).group for name in EXPERTS}
     groups["router.group"] = recipe.router.group
-    scores = recipe.scores
-    groups["scores"] = Group(cpus_per_worker=scores.cpus_per_worker, gpus_per_worker=scores.gpus_per_worker)
+    groups["scores"] = recipe.scores.group
     for key, group in groups.items():
         if hold([group], nodes) is None:
             continue

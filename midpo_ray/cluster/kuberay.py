@@ -199,7 +199,12 @@ def _cluster_faults(spec: dict[str, Any], at: str, recipe: Config | None, local:
     if growing and not spec.get("enableInTreeAutoscaling"):
         yield f"{at}.enableInTreeAutoscaling", f"must be true for {', '.join(growing)} to grow to maxReplicas"
     if recipe is not None:
-        yield from lacking(recipe, [n for g in groups for n in _nodes(g)], f"{at}.workerGroupSpecs")
+        try:
+            nodes = [n for g in groups for n in _nodes(g)]
+        except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
+            yield f"{at}.workerGroupSpecs", f"a group's resources cannot be read ({type(error).__name__}: {error})"
+            return
+        yield from lacking(recipe, nodes, f"{at}.workerGroupSpecs")
 
 
 def _pod_faults(template: dict[str, Any], at: str, local: Versions) -> Iterator[Fault]:

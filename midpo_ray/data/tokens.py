@@ -77,9 +77,10 @@ class Tokenization:
     def null_ids(self) -> Ids:
         """What stands before a response for its unconditional log-probability: the template with an empty prompt, or BOS alone
         (EOS where there is no BOS)."""
+        alone = [self.eos if self.bos is None else self.bos]
         if self.data.null_context == "bos":
-            return [self.eos if self.bos is None else self.bos]
-        return self._encode_prompts([(("user", ""),)], ["data.null_context template"])[0][-self.max_prompt_length :]
+            return alone
+        return self._encode_prompts([(("user", ""),)], ["data.null_context template"])[0][-self.max_prompt_length :] or alone
 
     def response_ids(self, text: str, room: int) -> tuple[Ids, bool]:
         """At most ``room`` ids of a response, and whether it was cut; EOS ends it where it was not."""
@@ -203,7 +204,7 @@ class Tokenization:
         question: Prompt = (("user", "question"),)
         asked = self._render_chat(question, "chat template")
         answered = self._render_chat((*question, ("assistant", "answer")), "chat template", ask=False)
-        gap = answered[len(asked) : answered.find("answer")] if answered.startswith(asked) else ""
+        gap = answered[len(asked) : answered.find("answer", len(asked))] if answered.startswith(asked) else ""
         return (asked[-1:].strip() if spaced else ""), ("" if gap.strip() else gap)
 
     def _render_chat(self, prompt: Sequence[Message], source: str, ask: bool = True) -> str:

@@ -97,8 +97,8 @@ def _on_ray(
 
     there = ray.cluster_resources()
     gpus = int(there.get("GPU", 0))
-    room = gpus or min(8, int(there.get("CPU", 1)))
-    size = max(1, min(workers or room, room, len(calls)))
+    room = gpus or int(there.get("CPU", 1))
+    size = max(1, min(workers or (room if gpus else min(8, room)), room, len(calls)))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -132,6 +132,11 @@ class Actor:
         self.work: Worker | None = None
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
+        if self.work is None and self.job.heavy:  # one of many actors; a caller's own process keeps its threads
+            import torch
+
+            torch.set_num_threads(1)
+            os.environ["OMP_NUM_THREADS"] = "1"
         try:
             for call in batch["rows"]:
                 self.run(json.loads(call))
@@ -141,11 +146,6 @@ class Actor:
 
     def run(self, rows: list[Row]) -> None:
         if self.work is None:  # here and not in __init__, whose faults Ray would only repeat
-            if self.job.heavy:
-                import torch
-
-                torch.set_num_threads(1)
-                os.environ["OMP_NUM_THREADS"] = "1"
             self.work = self.job.make(**self.job.options)
         values = self.work(rows)
         keys = [r["key"] for r in rows]

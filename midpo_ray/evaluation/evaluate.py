@@ -24,7 +24,7 @@ from .charts import Point
 from .figures import FIGURES, difference, paired, summarise, win_rate
 from .generate import Contender, Generator, Options, VllmGenerator, base_of, folder_of, resolve, rows_of, uses_vllm
 from .judges import Judge, load_judge, rows_for
-from .prompts import Prompt, load_prompts, prompts_digest
+from .prompts import Prompt, load_sets, prompts_digest
 from .report import write_report
 
 ALL = "all sets"
@@ -66,8 +66,12 @@ def make_plan(
     """Raises UserError for whatever the user named that is not there."""
     if tasks:
         capability.check_installed()
-    if task_limit is not None and task_limit < 1:
-        raise UserError(f"--task-limit {task_limit}: at least 1 is expected")
+    counts = {"task-limit": task_limit, "prompts": limit, "seeds": seeds, "batch": options.batch}
+    for name, count in {**counts, "max-new-tokens": options.max_new_tokens}.items():
+        if count is not None and count < 1:
+            raise UserError(f"--{name} {count}: at least 1 is expected")
+    if options.temperature < 0 or not 0 < options.top_p <= 1:
+        raise UserError(f"--temperature {options.temperature} --top-p {options.top_p}: at least 0, and in (0, 1], are expected")
     if seeds > 1 and not options.temperature:
         raise UserError(f"--seeds {seeds}: greedy answers are all alike, set --temperature above 0")
     contenders = [resolve(what, template=template, dtype=dtype) for what in whats]
@@ -81,10 +85,8 @@ def make_plan(
     if len(set(names)) < len(names):
         twice = next(n for n in names if names.count(n) > 1)
         raise UserError(f"two models are named {twice}: rename a folder, or leave one out")
-    named = [(name, load_prompts(name, limit)) for name in sets]
+    named = list(zip(sets, load_sets(sets, limit), strict=True))
     prompts = [p for _, found in named for p in found]
-    if len({p.set for p in prompts}) < len(named):
-        raise UserError(f"--sets: two sets are named alike ({', '.join(found[0].set for _, found in named)}); rename a file")
     chosen = [load_judge(spec) for spec in dict.fromkeys(["phrases", *judges])]
     about = {
         "command": command,
@@ -256,7 +258,7 @@ def comparisons(answers: Sequence[Row], against: str) -> list[Row]:
                         title = f"{model} against {against}: {kind}, {FIGURES[figure].title}"
                         over = f"prompts of {name}"
                         lines.append({"name": title, "value": value, "low": low, "high": high, "n": prompts, "over": over})
-                        lines[-1]["reference"] = reference
+                        lines[-1] |= {"reference": reference, "better": FIGURES[figure].better}
     return lines
 
 

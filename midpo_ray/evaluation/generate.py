@@ -25,7 +25,6 @@ from .prompts import Prompt
 
 VERSION = 1  # raise it when what a model answers changes, so that no cached answer is taken for a new one
 PARTS = ("safety", "helpfulness", "base")
-TEMPLATE = ("template", "null_context")
 
 
 @dataclass(frozen=True)
@@ -65,13 +64,15 @@ def resolve(what: str, *, template: str = "auto", dtype: str = "float32") -> Con
     folder, part = (Path(path), part) if colon and Path(path).is_dir() else (Path(what), "routed")
     if (folder / "run.yaml").is_file() or (folder / "router" / "router.json").is_file():
         return _of_run(folder, part)
+    if folder != Path(what):
+        raise UserError(f"{what}: {folder} is no run directory, which alone has parts")
     if (folder / "adapter_config.json").is_file():
         return _adapter(folder, template, dtype)
     if "://" in what:
         raise UserError(f"{what}: a local folder is expected; copy a run to this machine by midpo fetch")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"{what}: no run (run.yaml), adapter (adapter_config.json) or model (config.json) is in this folder")
-    return _model(Model.model_validate({"path": what, "dtype": dtype}), template, folder.name)
+    return _model(Model.model_validate({"path": what, "dtype": dtype}), template, folder.resolve().name)
 
 
 def base_of(contender: Contender) -> Contender:
@@ -93,7 +94,8 @@ def _adapter(folder: Path, template: str, dtype: str) -> Contender:
         base = json.loads((folder / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError):
         raise UserError(f"{folder}/adapter_config.json: not a PEFT adapter's configuration that names its base") from None
-    return _with_adapter(Model.model_validate({"path": base, "dtype": dtype}), folder, template, folder.name, "baseline")
+    model = Model.model_validate({"path": base, "dtype": dtype})
+    return _with_adapter(model, folder, template, folder.resolve().name, "baseline")
 
 
 def _with_adapter(model: Model, folder: Path, template: str, name: str, family: str, run: str | None = None) -> Contender:

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib
 import json
 import math
@@ -62,7 +63,7 @@ def load_judge(spec: str) -> Judge:
     if equals and kind in SCORES and scorer:
         named = Scorer(function=scorer) if _is_function(scorer) else Scorer(model=scorer)
         job = Job(spec, Scored, {"scorer": named.model_dump(), "column": kind}, 64, heavy=named.model is not None)
-        return Judge(spec, scorer_id(named), job)
+        return Judge(spec, digest(kind, scorer_id(named)), job)
     if not equals and _is_function(spec):
         return Judge(spec, scorer_id(Scorer(function=spec)), Job(spec, Function, {"name": spec}, 1000, heavy=False))
     raise UserError(
@@ -161,6 +162,8 @@ def _settings(path: Path) -> dict[str, Any]:
     settings = {**allowed, **given}
     if not str(settings["url"]).startswith(("http://", "https://")):
         raise UserError(f"--judges {path}: url is {settings['url']!r}, http(s)://HOST/v1 is expected")
+    if not isinstance(settings["threads"], int) or settings["threads"] < 1:
+        raise UserError(f"--judges {path}: threads is {settings['threads']!r}, a whole number of at least 1 is expected")
     if settings["question"] is None and settings["column"] != "refused":
         raise UserError(f"--judges {path}: column {settings['column']} needs a question with {{prompt}} and {{response}}")
     settings["question"] = settings["question"] or REFUSAL_QUESTION
@@ -204,7 +207,7 @@ class Endpoint:
             except urllib.error.HTTPError as error:
                 if not left or error.code not in (408, 409, 429, 500, 502, 503, 504):
                     raise UserError(f"judge {self.url}: HTTP {error.code} ({error.reason})") from None
-            except (OSError, TimeoutError) as error:
+            except (OSError, http.client.HTTPException) as error:
                 if not left:
                     raise UserError(f"judge {self.url}: does not answer ({error})") from None
             except (ValueError, KeyError, IndexError, TypeError):

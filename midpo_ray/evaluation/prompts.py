@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,18 +61,8 @@ KNOWN = {
 ALL_HARMFUL = ("strongreject", "harmbench", "donotanswer")
 MINIATURE = "builtin:miniature"
 HARMFUL = {
-    "unsafe": True,
-    "harmful": True,
-    "true": True,
-    "1": True,
-    "yes": True,
-    "safe": False,
-    "benign": False,
-    "unharmful": False,
-    "harmless": False,
-    "false": False,
-    "0": False,
-    "no": False,
+    **dict.fromkeys(("unsafe", "harmful", "true", "1", "yes"), True),
+    **dict.fromkeys(("safe", "benign", "unharmful", "harmless", "false", "0", "no"), False),
 }
 
 
@@ -92,6 +82,14 @@ def load_prompts(name_or_file: str, limit: int | None = None) -> list[Prompt]:
     if limit is not None and limit < len(found):
         kept = set(sorted(range(len(found)), key=lambda i: hashlib.sha256(found[i].text.encode()).digest())[:limit])
         found = [p for i, p in enumerate(found) if i in kept]
+    return found
+
+
+def load_sets(names: Sequence[str], limit: int | None = None) -> list[list[Prompt]]:
+    """``load_prompts`` of each, whose answers are told apart by the sets' names. UserError where two are alike."""
+    found = [load_prompts(name, limit) for name in names]
+    if len({prompts[0].set for prompts in found}) < len(found):
+        raise UserError(f"--sets: two sets are named alike ({', '.join(p[0].set for p in found)}); rename a file")
     return found
 
 

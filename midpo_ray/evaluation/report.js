@@ -29,9 +29,9 @@ const compare = (a, b) => {
 };
 
 // A table whose headings sort: columns are {title, of: row => sorting value, cell: row => node or text, number: bool}.
-function table(columns, rows, first) {
+function table(columns, rows) {
   const body = el("tbody");
-  const state = { column: first === undefined ? -1 : first, down: false };
+  const state = { column: -1, down: false };
   const heads = columns.map((c, i) =>
     el("th", { cls: (c.number ? "number " : "") + (c.of ? "by" : ""), on: c.of ? { click: () => { state.down = state.column === i ? !state.down : !!c.number; state.column = i; fill(); } } : {} }, c.title));
   function fill() {
@@ -90,7 +90,7 @@ function span(row, low, high) {
   const draw = (tag, attributes) => { const node = document.createElementNS(SVG, tag); for (const [k, v] of Object.entries(attributes)) node.setAttribute(k, v); svg.append(node); };
   for (const [k, v] of Object.entries({ width: 240, height: 20 })) svg.setAttribute(k, v);
   const sure = row.low !== null && (row.low > row.reference || row.high < row.reference);
-  const colour = !sure ? "#94a3b8" : row.value > row.reference ? "#059669" : "#dc2626";
+  const colour = !sure ? "#94a3b8" : (row.value > row.reference) === (row.better !== "low") ? "#059669" : "#dc2626";
   draw("line", { x1: place(row.reference), x2: place(row.reference), y1: 0, y2: 20, stroke: "#cbd5e1" });
   if (row.low !== null) draw("line", { x1: place(row.low), x2: place(row.high), y1: 10, y2: 10, stroke: colour, "stroke-width": 3, "stroke-linecap": "round" });
   draw("circle", { cx: place(row.value), cy: 10, r: 4.5, fill: colour });

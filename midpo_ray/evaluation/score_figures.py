@@ -66,6 +66,7 @@ def over_prompts(statistic: Callable[[Array], float], owner: Array, draws: int =
     Args:
         owner: [N], the number of each row's prompt.
     """
+    owner = np.unique(owner, return_inverse=True)[1]
     prompts, rng = int(owner.max()) + 1, np.random.default_rng(seed)
     drawn = [statistic(np.bincount(rng.integers(prompts, size=prompts), minlength=prompts)[owner]) for _ in range(draws)]
     return [float(statistic(np.ones(len(owner)))), *map(float, np.percentile(drawn, [2.5, 97.5]))]

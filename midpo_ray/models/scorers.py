@@ -175,9 +175,12 @@ class _ModelScorer:
 
         if self.config.num_labels != 1:
             raise UserError(f"scorer {self.name}: a classifier of {self.config.num_labels} labels, one label is expected")
-        return AutoModelForSequenceClassification.from_pretrained(
-            self.name, config=self.config, dtype=dtype, use_safetensors=True, trust_remote_code=scorer.trust_remote_code
-        )
+        try:
+            return AutoModelForSequenceClassification.from_pretrained(
+                self.name, config=self.config, dtype=dtype, use_safetensors=True, trust_remote_code=scorer.trust_remote_code
+            )
+        except OSError as error:
+            raise UserError(f"scorer {self.name}: {str(error).strip().splitlines()[0]}") from None
 
     @torch.no_grad()
     def __call__(self, prompts: Prompts, responses: Sequence[str]) -> list[float]:

@@ -152,21 +152,19 @@ def wait_for(stages: Sequence[tuple[str, Group]], timeout: float, say: Callable[
     """Return when the cluster can hold each stage's group by itself; after ``timeout`` seconds an error names what is missing."""
     deadline = time.monotonic() + timeout
     told = False
-    while True:
-        there = nodes()
-        lacking = [(stage, group) for stage, group in stages if hold([group], there) is not None]
-        if not lacking:
-            if told:
-                _ask_for([])
-            return
-        line = missing(*lacking[0], there)
-        if time.monotonic() >= deadline:
-            raise UserError(line + (f" (waited {timeout:g} s)" if timeout else ""))
-        if not told:
-            say(f"waiting up to {timeout:g} s: {line}")
-            _ask_for([group for _, group in stages])
-            told = True
-        time.sleep(min(2.0, max(0.0, deadline - time.monotonic())))
+    try:
+        while lacking := [(stage, group) for stage, group in stages if hold([group], nodes()) is not None]:
+            line = missing(*lacking[0], nodes())
+            if time.monotonic() >= deadline:
+                raise UserError(line + (f" (waited {timeout:g} s)" if timeout else ""))
+            if not told:
+                say(f"waiting up to {timeout:g} s: {line}")
+                told = True
+                _ask_for([group for _, group in stages])
+            time.sleep(min(2.0, max(0.0, deadline - time.monotonic())))
+    finally:
+        if told:
+            _ask_for([])  # or the autoscaler would keep what nobody waits for
 
 
 def _ask_for(groups: Sequence[Group]) -> None:

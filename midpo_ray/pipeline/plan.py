@@ -48,7 +48,11 @@ def plan(config: Config, manifest: Manifest, until: str | None = None) -> list[S
         if until not in stages:
             raise UserError(f"--until {until}: no such stage; this recipe has {', '.join(stages)}")
         stages = stages[: stages.index(until) + 1]
-    return [Step(s, parts[s], manifest.why(s, parts[s])) for s in stages]
+    steps: list[Step] = []
+    for s in stages:  # a router's parts name its experts by what they were made of: made again they may differ in a bit
+        again = next((t.stage for t in steps if t.reason and t.stage in (*EXPERTS, "router") and t.stage in parts[s]), None)
+        steps.append(Step(s, parts[s], manifest.why(s, parts[s]) or (f"{again} runs again" if again else None)))
+    return steps
 
 
 def fingerprints(config: Config) -> dict[str, dict[str, str]]:
@@ -105,7 +109,7 @@ def content_id(path: str) -> str:
     if local.is_dir() and (local / "config.json").exists():
         return model_fingerprint(path)
     if local.is_dir():
-        return digest([(f.name, _sha256(f)) for f in sorted(local.iterdir()) if f.is_file()])
+        return digest([(str(f.relative_to(local)), _sha256(f)) for f in sorted(local.rglob("*")) if f.is_file()])
     if local.is_file():
         return _sha256(local)
     return path

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ..config import EXPERTS, Config
@@ -36,7 +35,13 @@ def run_directory(config: Config, run_dir: str | None) -> Storage:
 
 def cache_folder(config: Config, run: Storage) -> Storage:
     """Where scores (and built-in models) are kept for all runs: beside the run directory, unless the recipe says where."""
-    return Storage(config.cache or f"{run.uri.rsplit('/', 1)[0]}/cache")
+    if config.cache:
+        return Storage(config.cache)
+    path, mark, options = run.uri.partition("?")
+    parent = path.rsplit("/", 1)[0]
+    if parent.endswith(":/"):
+        raise UserError(f"{run.uri}: a folder in it is expected, for example {path}/runs/NAME, or set cache")
+    return Storage(f"{parent}/cache{mark}{options}")
 
 
 def run(
@@ -79,7 +84,7 @@ def run(
             if session is not None:
                 cluster.disconnect()
         result.ran = list(todo)
-    if storage.exists("evaluation/table.json"):
+    if any(s.stage == "evaluation" for s in steps) and storage.exists("evaluation/table.json"):
         result.table = json.loads(storage.read("evaluation/table.json"))
     return result
 
@@ -104,17 +109,16 @@ class _Job:
 
     def check_cluster(self) -> None:
         """Wait for, or refuse at once, what the cluster does not have; decide whether both experts fit together."""
+        if "score" in self.todo:
+            cluster.wait_for([("score", self.config.scores.group)], self.config.cluster.resources_timeout, self.say)
         self.stages = [self.todo[s] for s in (*EXPERTS, "router") if s in self.todo]
         self.together = held_together(self.config, [s.stage for s in self.stages], "experts", self.say)
 
     def execute(self) -> None:
         if "score" in self.todo:
             self._score()
-        tables = {s: s for s in (*EXPERTS, "dual") if s in self.todo}
-        if "router" in self.todo and not self.run.exists("dual/pairs.parquet"):
-            tables["dual"] = "dual"
-        if tables:
-            self._stage_tables(list(tables))
+        if tables := [s for s in (*EXPERTS, "dual") if s in self.todo]:
+            self._stage_tables(tables)
         if self.stages:
             train(self.resolved, self.run, self.stages, self.together, self._commit, self.say)
         if "evaluation" in self.todo:
@@ -144,7 +148,7 @@ class _Job:
             write_table(self.run / ("dual" if stage == "dual" else f"experts/{stage}.work"), "pairs.parquet", table)
             (self.run / "metrics").write(f"{stage}.data.json", json.dumps(summary, indent=1).encode())
             self.say(f"{stage}: " + ", ".join(f"{k} {v}" for k, v in summary.items() if k != "dropped"))
-            if stage == "dual" and "dual" in self.todo:
+            if stage == "dual":
                 self._commit("dual", time.monotonic() - started)
 
     def _evaluate(self) -> None:
@@ -161,11 +165,3 @@ class _Job:
     def _commit(self, stage: str, seconds: float) -> None:
         self.manifest.commit(stage, self.todo[stage].parts, FOLDERS[stage], seconds)
         self.say(f"{stage}: done in {seconds:.1f} s")
-
-
-def local_run(run_dir: str) -> Path:
-    """A run directory as a local path, for what reads it without Ray."""
-    local = Storage(run_dir).local
-    if local is None:
-        raise UserError(f"{run_dir}: is remote; fetch it first")
-    return local

@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ..config import Config, Scorer, digest
+from ..config import SCORES, Config, Scorer, digest
 from ..data.schema import Pair, response_key
 from ..errors import UserError
 from ..storage import Storage
@@ -71,6 +71,8 @@ def score(
 
     ``fingerprints`` has one entry a signal: "logp", and "reward" and "cost" where they come from a model or function.
     """
+    scorers = {s: getattr(config.scores, s) for s in SCORES}
+    given = {s: {i.key: _from_column(i, c.column) for i in items} for s, c in scorers.items() if c and c.column}
     folders = {s: cache / f"{s}-{f}" for s, f in fingerprints.items()}
     known = {s: read_cache(folder, s) for s, folder in folders.items()}
     need = {s: {i.key for i in items} - known[s].keys() for s in folders}
@@ -84,11 +86,7 @@ def score(
         row: dict[str, Any] = {"prompt_ids": item.prompt_ids, "response_ids": item.response_ids, "reward": None, "cost": None}
         for s, values in known.items():
             row.update(zip(columns(s), values[item.key], strict=True))
-        for s in ("reward", "cost"):
-            scorer: Scorer | None = getattr(config.scores, s)
-            if scorer and scorer.column:
-                row[s] = _from_column(item, scorer.column)
-        rows[item.key] = row
+        rows[item.key] = row | {s: values[item.key] for s, values in given.items()}
     return Scored(list(pairs), rows)
 
 

@@ -45,6 +45,8 @@ def _fit_stage(spec: dict[str, Any], *after: Any) -> dict[str, Any]:
     from .cluster import TRAIN_ENVIRONMENT, scaling
 
     config, stage = Config.model_validate(spec["config"]), spec["stage"]
+    if any("stopped" in outcome for outcome in after):
+        return {"stopped": 0}  # what it needs is not there
     # A process that does not even answer is Train's to end: its own watch may be frozen with it.
     frozen = min(600.0, 2 * config.cluster.stall_timeout)
     os.environ.update(TRAIN_ENVIRONMENT, RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S=str(frozen))
@@ -69,6 +71,8 @@ def _fit_stage(spec: dict[str, Any], *after: Any) -> dict[str, Any]:
         outcome = trainer.fit().return_value
     if "error" in outcome:
         raise UserError(outcome["error"])
+    if "stopped" not in outcome:
+        (Storage(spec["run"]) / f"{FOLDERS[stage]}.work").delete()
     return {**outcome, "seconds": time.monotonic() - started}
 
 
@@ -123,6 +127,7 @@ def _train(spec: dict[str, Any]) -> dict[str, Any]:
     with watch, tempfile.TemporaryDirectory() as scratch:
         model, engine, step = build(config, stage, run, device, Path(scratch))
         checkpoints = Checkpoints(work / "checkpoints", keep=config.checkpoint.keep, digest=spec["digest"])
+        metrics = _metrics(config, stage, run, spec["digest"]) if first else None
         result = fit(
             engine=engine,
             step=step,
@@ -130,7 +135,7 @@ def _train(spec: dict[str, Any]) -> dict[str, Any]:
             optim=optim,
             seed=config.seed_of_training,
             checkpoints=checkpoints,
-            metrics=_metrics(config, stage, run) if first else None,
+            metrics=metrics,
             checkpoint=config.checkpoint,
             logging=config.logging,
             dtype=config.model.dtype,
@@ -138,21 +143,23 @@ def _train(spec: dict[str, Any]) -> dict[str, Any]:
             phase=watch.beat,
             should_stop=watch.noticed,
         )
+        if metrics:
+            metrics.close()
         if not result.finished:
             return {"stopped": result.step, "again": not run.exists(STOP)}
         watch.beat(result.step, "save")
         state = trained_state(engine, model, keep_dtype=stage not in SCORES)
         if first:
             save(config, stage, model, state, run, Path(scratch))
-            work.delete()
     return {"stage": stage}
 
 
-def _metrics(config: Config, stage: str, run: Storage) -> Any:
+def _metrics(config: Config, stage: str, run: Storage, digest: str) -> Any:
     from ..training.log import Metrics
 
     events = (run / f"logs/tensorboard/{stage}").local
-    return Metrics(run / "metrics", stage, config.logging, tensorboard=str(events) if events else None, run=config.name)
+    name = f"{config.name}-{digest[:8]}"
+    return Metrics(run / "metrics", stage, config.logging, tensorboard=str(events) if events else None, run=name)
 
 
 def build(config: Config, stage: str, run: Storage, device: Any, scratch: Path) -> tuple[Any, Any, Any]:

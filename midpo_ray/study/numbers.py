@@ -49,7 +49,7 @@ def separation(rows: Rows, category: str | None = None) -> float:
 
 
 def over_seeds(values: Sequence[float]) -> dict[str, Any]:
-    """value, low, high (None where there is one seed or a value is missing) and n."""
+    """value, low, high (None where one value is known, or none) and n, over the values that are no NaN."""
     known = [v for v in values if not math.isnan(v)]
     if not known:
         return {"value": None, "low": None, "high": None, "n": 0}
@@ -74,7 +74,8 @@ def win_rates(of: Rows, against: Rows, by: str) -> BySeed:
     rates = {}
     for seed in (s for s in mine if s in theirs):
         a, b, _ = paired(mine[seed], theirs[seed], figure)
-        rates[seed] = float(np.mean((a > b) + 0.5 * (a == b)))
+        if len(a):
+            rates[seed] = float(np.mean((a > b) + 0.5 * (a == b)))
     return rates
 
 
@@ -102,9 +103,11 @@ def compare(comparison: Comparison, rows: Mapping[str, Rows]) -> dict[str, Any]:
 
 
 def dominates(rival: Mapping[str, dict[str, Any]]) -> bool:
-    """Whether a rival is at least as good on both axes and better on one, beyond its interval; from main's differences to it."""
-    least = [rival[a] for a in AXES]
-    return all(d["value"] <= 0 for d in least) and any(d["high"] is not None and d["high"] < 0 for d in least)
+    """Whether a rival is at least as good on both axes and better on one, beyond its interval where there is one; from main's
+    differences to it."""
+    least = [rival[a] for a in AXES if rival[a]["n"]]
+    ends = [d["value"] if d["high"] is None else d["high"] for d in least]  # of one seed there is no interval
+    return len(least) == len(AXES) and all(d["value"] <= 0 for d in least) and min(ends) < 0
 
 
 def above_front(main: Mapping[str, BySeed], front: Sequence[Mapping[str, BySeed]]) -> dict[str, Any]:
@@ -113,8 +116,9 @@ def above_front(main: Mapping[str, BySeed], front: Sequence[Mapping[str, BySeed]
     most or least helpful contender that one counts, in ``clamped`` seeds."""
     across, up = AXES
     leads, clamped = [], 0
-    for seed, place in main[across].items():
-        points = sorted((c[across][seed], c[up][seed]) for c in front if seed in c[across])
+    for seed in main[across].keys() & main[up].keys():
+        place = main[across][seed]
+        points = sorted((c[across][seed], c[up][seed]) for c in front if seed in c[across] and seed in c[up])
         if points:
             xs, ys = zip(*points, strict=True)
             leads.append(main[up][seed] - float(np.interp(place, xs, ys)))

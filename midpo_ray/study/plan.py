@@ -12,6 +12,7 @@ An id is a digest of all that the result hangs on, so contenders share trainings
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from ..config import Config, Group, digest
@@ -45,8 +46,7 @@ class Unit:
     def group(self) -> Group:
         if self.kind == "trainings":
             return self.config.group(self.stage)
-        scores = self.config.scores
-        return Group(cpus_per_worker=scores.cpus_per_worker, gpus_per_worker=scores.gpus_per_worker)
+        return self.config.scores.group
 
     def spec(self, folder: str, study: Study) -> dict[str, Any]:
         """All that a worker needs, as plain values."""
@@ -83,7 +83,7 @@ def plan(study: Study, config: Config, where: str) -> Plan:
     """
     units: dict[str, Unit] = {}
     answers: dict[tuple[str, int], str] = {}
-    asked = digest(study.answers, [content_id(s) for s in study.sets], study.split)
+    asked = digest(study.answers, [(Path(s).name, content_id(s)) for s in study.sets], study.split)
     judges = [load_judge(j).fingerprint for j in study.judges]
     for seed in study.seeds:
         seeded = config.model_copy(update={study.vary: seed})

@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import __version__
 from ..evaluation import evaluate as over_prompts
-from ..evaluation.figures import FIGURES, paired, seed_means, win_rate
+from ..evaluation.figures import FIGURES, paired, prompt_values, seed_means, win_rate
 from ..evaluation.report import Point, write_report
 from ..pipeline.signals import read_table
 from ..storage import Storage
@@ -86,11 +86,12 @@ def summary(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, A
     """Every figure of every contender over the seeds, as the report's table has it."""
     told = []
     for name, mine in rows.items():
+        sets = mine[0]["set"] if len({r["set"] for r in mine}) == 1 else over_prompts.ALL
         for figure in FIGURES:
             if by_seed := seed_means(mine, figure):
                 values = over_seeds(list(by_seed.values()))
                 bounds = {k: math.nan if values[k] is None else values[k] for k in ("value", "low", "high")}
-                told.append({"model": name, "set": mine[0]["set"], "figure": figure, **bounds, "prompts": len(mine)})
+                told.append({"model": name, "set": sets, "figure": figure, **bounds, "prompts": len(prompt_values(mine, figure))})
     return told
 
 
@@ -144,7 +145,7 @@ def routing(folder: Storage, study: Study, plan: Plan) -> dict[str, Any]:
 
 
 def curves(folder: Storage, study: Study, plan: Plan) -> dict[str, list[tuple[float, float]]]:
-    """Loss and accuracy of the main contender's trainings, first seed."""
+    """Loss, accuracy and reward margin of the main contender's trainings, first seed."""
     told: dict[str, list[tuple[float, float]]] = {}
     for need in plan.units[plan.answers[study.main, study.seeds[0]]].needs:
         unit = plan.units[need]
@@ -178,7 +179,8 @@ def lines(result: Mapping[str, Any]) -> list[str]:
         told += grid([heads, *([d["against"], *(_pm(d[k], True) for k in keys)] for d in result["differences"])])
     if front := result["front"]:
         above = ", ".join(front["above"]) or "no other"
-        told += ["", f"front: {above} is at least as good on both axes and better on one beyond its interval",
+        beyond = " beyond its interval" if seeds > 1 else ""
+        told += ["", f"front: {above} is at least as good on both axes and better on one{beyond}",
                  f"joint rate above the best other's ({front['best_rival']}): {_range(front['joint_lead'])}"]  # fmt: skip
     for front in result["fronts"]:
         lead = front["safer_by"]
@@ -211,5 +213,7 @@ def _pm(figure: Mapping[str, Any] | None, sign: bool = False) -> str:
 
 
 def _range(figure: Mapping[str, Any]) -> str:
+    if figure["value"] is None:
+        return "not known"
     between = "" if figure["low"] is None else f", 95% interval {figure['low']:+.3f} to {figure['high']:+.3f}"
     return f"{figure['value']:+.3f}{between}"

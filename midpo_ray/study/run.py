@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..evaluation.judges import load_judge
-from ..evaluation.prompts import MINIATURE, load_prompts
+from ..evaluation.prompts import MINIATURE, load_sets
 from ..pipeline import cluster
 from ..storage import Storage
 from .plan import Plan, Unit, describe, plan
@@ -63,8 +63,7 @@ def study(
         return folder
     failed: dict[str, str] = {}
     if any(u.kind == "answers" for u in todo):
-        for prompts in wanted.sets:
-            load_prompts(prompts)
+        load_sets(wanted.sets)
     if todo:
         session = cluster.connect(address)
         try:
@@ -116,6 +115,8 @@ class _Work:
                 self.say(
                     f"study: {ended} of {ended + len(self.waiting) + len(self.running)} done; now {now}; about {left:.0f} s left"
                 )
+        for unit in self.waiting:
+            self._fail(unit, "the cluster has no place for it any more")
         return self.failed
 
     def _start(self) -> None:
@@ -123,13 +124,15 @@ class _Work:
         for unit in list(self.waiting):
             if self.broken & set(unit.needs):
                 self.waiting.remove(unit)
-                self.broken.add(unit.id)
-                self.failed[f"{unit.about}, seed {unit.seed}"] = "what it needs failed"
+                self._fail(unit, "what it needs failed")
             elif not self.open & set(unit.needs):
                 if cluster.hold([*(u.group for u, _ in self.running.values()), unit.group], there) is not None:
                     return  # in order: no small unit keeps a large one waiting
                 self.waiting.remove(unit)
-                self.running[self._launch(unit)] = (unit, time.monotonic())
+                try:
+                    self.running[self._launch(unit)] = (unit, time.monotonic())
+                except UserError as error:
+                    self._fail(unit, error)
 
     def _launch(self, unit: Unit) -> Any:
         import ray
@@ -159,7 +162,9 @@ class _Work:
                 commit(self.folder, unit.spec(self.folder.uri, self.wanted), started)
             self.open.discard(unit.id)
         except (ray.exceptions.RayError, UserError) as error:
-            self.broken.add(unit.id)
-            fault = told(error, unit.about)
-            self.failed[f"{unit.about}, seed {unit.seed}"] = str(fault)
-            self.say(f"study: {unit.about}, seed {unit.seed} failed: {fault}")
+            self._fail(unit, told(error, unit.about))
+
+    def _fail(self, unit: Unit, fault: object) -> None:
+        self.broken.add(unit.id)
+        self.failed[f"{unit.about}, seed {unit.seed}"] = str(fault)
+        self.say(f"study: {unit.about}, seed {unit.seed} failed: {fault}")

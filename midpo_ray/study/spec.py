@@ -9,10 +9,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from ..config import EXPERTS, Config, Section, explain, load_config, validate
+from ..config import EXPERTS, Config, Section, explain, load_config, read_mapping, shipped_studies, validate
 from ..errors import UserError
 
 STAGES = {"base": (), "safety": ("safety",), "helpfulness": ("helpfulness",), "added": EXPERTS, "routed": (*EXPERTS, "router")}
@@ -106,7 +105,7 @@ class Study(Section):
             )
         names = [c.name for c in self.contenders]
         for what, values in (("contender", names), ("seed", self.seeds)):
-            if twice := next((v for v in values if list(values).count(v) > 1), None):
+            if (twice := next((v for v in values if list(values).count(v) > 1), None)) is not None:
                 raise ValueError(f"the {what} {twice!r} is there twice")
         compared = [n for c in self.comparisons for n in (c.of, c.against, *c.grid)]
         for name in (self.main, *compared, *(n for front in self.fronts.values() for n in front)):
@@ -117,10 +116,6 @@ class Study(Section):
 
     def contender(self, name: str) -> Contender:
         return next(c for c in self.contenders if c.name == name)
-
-
-def shipped_studies() -> list[str]:
-    return sorted(p.name[: -len(".yaml")] for p in resources.files("midpo_ray.studies").iterdir() if p.name.endswith(".yaml"))
 
 
 def load_study(name_or_path: str, overrides: list[str] | None = None, seeds: list[int] | None = None) -> tuple[Study, Config]:
@@ -137,13 +132,7 @@ def load_study(name_or_path: str, overrides: list[str] | None = None, seeds: lis
         near = difflib.get_close_matches(name_or_path, shipped_studies(), 1)
         hint = f", did you mean {near[0]}?" if near else ""
         raise UserError(f"{where} is not known{hint}; shipped are {', '.join(shipped_studies())}; a file ends in .yaml")
-    try:
-        source: Any = resources.files("midpo_ray.studies") / f"{name_or_path}.yaml" if shipped else path
-        raw = yaml.safe_load(source.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{where}: cannot be read ({error.__class__.__name__}: {' '.join(str(error).split())})") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{where}: a mapping of keys is expected, this is {'empty' if raw is None else type(raw).__name__}")
+    raw = read_mapping(resources.files("midpo_ray.studies") / f"{name_or_path}.yaml" if shipped else path, where)
     try:
         study = Study.model_validate({**raw, **({"seeds": seeds} if seeds else {})})
     except ValidationError as error:

@@ -107,6 +107,7 @@ def train(spec: dict[str, Any], config: Config, study: Storage) -> None:
     work = home / f"{FOLDERS[stage]}.work"
     with tempfile.TemporaryDirectory() as scratch:
         model, engine, step = build(config, stage, home, device, Path(scratch))
+        metrics = Metrics(home / "metrics", stage, config.logging, tensorboard=None, run=spec["id"])
         fit(
             engine=engine,
             step=step,
@@ -114,11 +115,12 @@ def train(spec: dict[str, Any], config: Config, study: Storage) -> None:
             optim=config.optim(stage),
             seed=config.seed_of_training,
             checkpoints=Checkpoints(work / "checkpoints", keep=config.checkpoint.keep, digest=spec["id"]),
-            metrics=Metrics(home / "metrics", stage, config.logging, tensorboard=None, run=spec["id"]),
+            metrics=metrics,
             checkpoint=config.checkpoint,
             logging=config.logging,
             dtype=config.model.dtype,
         )
+        metrics.close()
         save(config, stage, model, trained_state(engine, model, keep_dtype=True), home, Path(scratch))
     work.delete()
     del model, engine, step
@@ -152,10 +154,10 @@ def generated(spec: dict[str, Any], config: Config, study: Storage, prompts: Seq
 
 def prompts_of(sets: Sequence[str], split: str, limit: int | None, seed: int) -> list[Prompt]:
     """Those of all sets, or of the generated world ``seed``, whose ids say so: other worlds have other prompts."""
-    from ..evaluation.prompts import Prompt, load_prompts
+    from ..evaluation.prompts import Prompt, load_sets
     from ..miniature.world import held_out_prompts, make_world
 
     if sets:
-        return [p for name in sets for p in load_prompts(name, limit)]
+        return [p for found in load_sets(sets, limit) for p in found]
     rows = [r for r in held_out_prompts(make_world(seed), seed) if r["split"] == split][:limit]
     return [Prompt(f"{seed}-{i}", "miniature", r["prompt"], r["harmful"], r["kind"]) for i, r in enumerate(rows, 1)]

@@ -83,7 +83,7 @@ class Checkpoints:
         try:
             content = json.loads(self.folder.read(f"{name}/{STATE}"))
             data = self.folder.read(f"{name}/{TENSORS}")
-        except (OSError, ValueError) as error:
+        except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"{name} is torn ({' '.join(str(error).split())})") from None
         if not isinstance(content, dict) or content.get("step") != step:
             raise ValueError(f"{name} is corrupt ({STATE} is of another step)")

@@ -112,11 +112,11 @@ class PlainEngine:
     def __init__(self, module: nn.Module, optim: config.Optim, device: torch.device) -> None:
         self.module, self.group, self._clip = module, Group(device), optim.clip
         self._named = trainable(module)
-        self._masters = {n: p if p.dtype == torch.float32 else p.detach().float() for n, p in self._named.items()}
-        self._adamw = adamw(list(self._masters.values()), optim)
         for parameter in self._named.values():
             if self.group.world > 1:
                 dist.broadcast(parameter.data, src=0)
+        self._masters = {n: p if p.dtype == torch.float32 else p.detach().float() for n, p in self._named.items()}
+        self._adamw = adamw(list(self._masters.values()), optim)
 
     def __call__(self, *inputs: Any) -> Any:
         return self.module(*inputs)

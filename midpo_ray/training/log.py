@@ -27,7 +27,6 @@ class Metrics:
         folder: ``<run>/metrics``.
         tensorboard: a folder for TensorBoard's event files, where the configuration asks for them.
         run: how W&B and MLflow name the run.
-        settings: what they show as its configuration.
 
     Raises:
         UserError: a service is asked for whose package is not installed.
@@ -41,7 +40,6 @@ class Metrics:
         *,
         tensorboard: str | None = None,
         run: str = "midpo",
-        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder, self.stage, self.logging = folder, stage, logging
         self.file, self.time_file = f"{stage}.jsonl", f"{stage}.time.jsonl"
@@ -51,7 +49,7 @@ class Metrics:
         name = f"{run}-{stage}"
         if logging.wandb:
             wandb = _package("wandb", "logging.wandb")
-            job = wandb.init(project=logging.wandb, name=name, id=name, resume="allow", config=dict(settings or {}))
+            job = wandb.init(project=logging.wandb, name=name, id=name, resume="allow")
             self._sinks.append(lambda values, step: job.log(values, step=step))
             self._closers.append(job.finish)
         if logging.mlflow:

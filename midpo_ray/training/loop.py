@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ def fit(
             spans = []
         if next_.validate and len(held_out):
             phase(done, "validate")
-            record = _record(done, plan, validate(engine, step, held_out, optim), None)
+            record = _record(done, plan, validate(engine, step, held_out, optim, partial(phase, done, "validate")), None)
             if metrics:
                 metrics.write(record)
         if next_.checkpoint:
@@ -173,12 +174,15 @@ def check_untrained(step: Step, feed: _Feed, allowed: float) -> None:
 
 
 @torch.no_grad()
-def validate(engine: Engine, step: Step, held_out: StageTable, optim: config.Optim) -> dict[str, float]:
-    """Sums over the held-out pairs; all ranks call it."""
+def validate(
+    engine: Engine, step: Step, held_out: StageTable, optim: config.Optim, beat: Callable[[], None] = lambda: None
+) -> dict[str, float]:
+    """Sums over the held-out pairs; all ranks call it. ``beat`` is called batch by batch: it is no hang, however long."""
     plan, window = Plan(held_out.lengths(optim.layout), optim, 0), Window(engine.group)
     feed = _Feed(engine, held_out, plan)
     engine.train(False)
     for number in range(plan.steps_per_epoch):
+        beat()
         rows = plan.batch(number)
         for mine in plan.micro_batches(number, engine.group.rank, engine.group.world):
             loss, values = step(feed(mine or rows[:1], rows))

@@ -106,7 +106,7 @@ def _pm(middle: float, half: float | None) -> str:
 
 def _clock(sweep: Sweep, table: Sequence[Row]) -> str:
     """What start-up took of the trials' time."""
-    clocks = [c for r in table if (c := sweep.records[sweep.unit(r["point"], r["seed"]).id].get("clock"))]
+    clocks = [c for r in table if "stepped" in (c := sweep.records[sweep.unit(r["point"], r["seed"]).id].get("clock") or [{}])[0]]
     starts = [c[0]["stepped"] - c[0]["asked"] for c in clocks]
     whole = sum(max(e["ended"] for e in c) - c[0]["asked"] for c in clocks)
     if not starts:
@@ -129,6 +129,8 @@ def _page(name: str, notes: list[str], table: list[Row], lines: list[dict[str, s
     for metric in metrics if len(keys) > 1 else ():
         shown = [r for r in ended if r["state"] == "finished" and None not in (r[keys[0]], r[keys[1]])]
         values = [r[metric] for r in shown]
+        if not values:
+            continue
         marks = [([(r[keys[0]], r[keys[1]])], _heat(r[metric], values)) for r in shown]
         plots.append(chart(f"{metric}, light to dark: {min(values):.4g} to {max(values):.4g}", marks, keys[0], keys[1], size=9))
     if len(metrics) > 1:

@@ -14,17 +14,16 @@ from pathlib import Path
 from typing import Any, Literal
 from zlib import crc32
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from ..config import EXPERTS, Config, Section, Stage, explain, validate
+from ..config import EXPERTS, Config, Section, Stage, explain, read_mapping, validate
 from ..errors import UserError
 
 Point = dict[str, Any]
 MEASURED = ("accuracy", "loss", "reward_margin")  # of the held-out pairs, at every rung
 DISTRIBUTIONS = ("uniform", "loguniform", "quniform", "randint", "choice")
 _VARIED = re.compile(r"experts\.(\*|safety|helpfulness)\.(objective|optim)\.|lora\.|router\.(?!group)")
-_BOUNDED = re.compile(r"(\S+?)\s*(>=|<=)\s*(-?[\d.]+(?:e-?\d+)?)\s+then\s+(\S+)")
+_BOUNDED = re.compile(r"(\S+?)\s*(>=|<=)\s*(-?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s+then\s+(\S+)")
 
 
 class Key(Section):
@@ -97,7 +96,8 @@ class Space(Section):
         if "router" in self.stages and len(self.stages) > 1:
             raise ValueError("stages: the router is trained by itself, on the recipe's experts")
         for name in self.metrics:
-            self.metric(name)
+            if (full := self.metric(name)) != name:
+                raise ValueError(f"metrics: {name}: write {full}")
         keys = list(self.space)
         for place, (name, key) in enumerate(self.space.items()):
             if late := key.when.keys() - set(keys[:place]):
@@ -159,12 +159,7 @@ def load_space(path: str, changes: dict[str, Any]) -> Space:
     Raises:
         UserError: one line that names the key, what is wrong, and what would have been right.
     """
-    try:
-        raw = yaml.safe_load(Path(path).read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"space {path}: cannot be read ({error.__class__.__name__}: {' '.join(str(error).split())})") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"space {path}: a mapping of keys is expected, this is {'empty' if raw is None else type(raw).__name__}")
+    raw = read_mapping(Path(path), f"space {path}")
     try:
         return Space.model_validate({**raw, **{k: v for k, v in changes.items() if v is not None}})
     except ValidationError as error:

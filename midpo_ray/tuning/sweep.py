@@ -153,7 +153,9 @@ def tune(
     if known["of"] != identity:
         raise UserError(f"{folder.uri}: holds a sweep of another space or recipe; name another --run-dir")
 
-    count = max(known["samples"], samples or 0) or space.samples or len(grid(space))
+    count = max(known["samples"], space.samples or len(grid(space)))
+    if space.search == "grid":
+        count = min(count, len(grid(space)))
     sweep = Sweep(space, resolve(fixed, cache_folder(config, folder), say), folder, key, count)
     if add_samples and known["samples"] and not sweep.todo():
         sweep.samples += add_samples
