@@ -130,21 +130,26 @@ def encode_chats(tokenizer: Any, prompts: Prompts, responses: Sequence[str], max
     return ids
 
 
+def describe_scorer(name: str, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """A score model's configuration and tokenizer; UserError where there is none, before a weight is loaded."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        return config, AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"scorer {name}: no model with a tokenizer is found there ({reason})") from None
+
+
 class _ModelScorer:
     """A score model or a classifier behind one call."""
 
     def __init__(self, scorer: Scorer, kind: str, device: torch.device, batch_tokens: int | None) -> None:
-        from transformers import AutoConfig, AutoTokenizer
-
         assert scorer.model is not None
         self.name, self.device = scorer.model, device
         self.batch_tokens = batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
-        try:
-            self.config = AutoConfig.from_pretrained(scorer.model, trust_remote_code=scorer.trust_remote_code)
-            self.tokenizer = AutoTokenizer.from_pretrained(scorer.model, trust_remote_code=scorer.trust_remote_code)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"scorer {scorer.model}: no model with a tokenizer is found there ({reason})") from None
+        self.config, self.tokenizer = describe_scorer(scorer.model, scorer.trust_remote_code)
         self.max_length = min(scorer.max_length, self.tokenizer.model_max_length)
         architectures = list(self.config.architectures or [])
         dtype = scorer.dtype if scorer.dtype == "auto" else getattr(torch, scorer.dtype)

@@ -62,12 +62,16 @@ def build_miniature(config: Config, cache: Storage, say: Say) -> Any:
     return build(cache.local / "miniature", seed=config.seed, rows=rows, progress=progress)
 
 
-def check_model(config: Config) -> None:
-    """The model's folder, its tokenizer and the LoRA's target modules, without loading a weight."""
+def check_model(config: Config, scorers: bool = True) -> None:
+    """The model's folder, its tokenizer and the LoRA's target modules, and the score models', without loading a weight."""
     from ..models.base import check_targets, load_tokenizer
+    from ..models.scorers import describe_scorer
 
     load_tokenizer(config.model)
     check_targets(config.model, config.lora)
+    for scorer in (config.scores.reward, config.scores.cost) if scorers else ():
+        if scorer and scorer.model:
+            describe_scorer(scorer.model, scorer.trust_remote_code)
 
 
 def read_and_tokenise(config: Config, say: Say) -> Prepared:

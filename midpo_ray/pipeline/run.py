@@ -98,14 +98,20 @@ class _Job:
 
     def prepare(self) -> None:
         """All that can fail for a user's fault is tried before Ray starts."""
+        from ..data.views import require, select
         from .prepare import check_model, read_and_tokenise, resolve
+        from .signals import view_of
 
         self.say(f"run directory {self.run.uri}")
         for step in self.todo.values():
             self.say(f"{step.stage}: to run, {step.reason}")
         self.resolved = resolve(self.config, self.cache, self.say)
-        check_model(self.resolved)
+        check_model(self.resolved, scorers="score" in self.todo)
         self.prepared = read_and_tokenise(self.resolved, self.say) if "score" in self.todo else None
+        if self.prepared:
+            for stage in [s for s in (*EXPERTS, "router") if s in self.todo]:
+                if (view := view_of(self.config, stage)) not in ("ranked", "pareto"):  # which need scores
+                    require(*select(self.prepared.pairs, view), stage)
 
     def check_cluster(self) -> None:
         """Wait for, or refuse at once, what the cluster does not have; decide whether both experts fit together."""

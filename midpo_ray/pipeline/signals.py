@@ -92,14 +92,18 @@ def pairs_of(config: Config, stage: str) -> str:
     return "dual" if stage == "router" else getattr(config.experts, stage).pairs
 
 
+def view_of(config: Config, stage: str) -> str:
+    """The view of the data (``data.views``) that a stage trains on."""
+    return {"own": stage, "mixed": "mixed", "dual": config.router.rule}[pairs_of(config, stage)]
+
+
 def stage_table(config: Config, stage: str, scored: Scored) -> tuple[pa.Table, dict[str, Any]]:
     """What ``stage`` trains on, one row a pair, and a summary to log.
 
     Raises:
         UserError: no row is left for the stage (with the counts by reason).
     """
-    view = {"own": stage, "mixed": "mixed", "dual": config.router.rule}[pairs_of(config, stage)]
-    choices, dropped = select(scored.pairs, view, scored.rows)
+    choices, dropped = select(scored.pairs, view_of(config, stage), scored.rows)
     require(choices, dropped, stage)
     pairs = [scored.pairs[index] for index, _ in choices]
     chosen = [scored.of(p, number) for p, (_, number) in zip(pairs, choices, strict=True)]
