@@ -219,13 +219,17 @@ class Tokenization:
     def _render_plain(self, prompt: Sequence[Message], source: str) -> str:
         """Turn by turn, an answer ended by EOS as in Safe RLHF; a system message goes before the first question (ours)."""
         begin, turn = (PAPER_BEGIN, PAPER_TURN) if self.template == PAPER else ("", self.template)
-        text, before = begin, ""
-        for role, content in prompt:
-            if role == "system":
-                before = f"{content}\n\n"
-            elif role == "user":
-                text += turn.replace("{prompt}", before + content)
-                before = ""
-            else:
-                text += f"{content}{self.tokenizer.eos_token}"
-        return text
+        return render_plain(prompt, begin, turn, self.tokenizer.eos_token)
+
+
+def render_plain(prompt: Sequence[Message], begin: str, turn: str, eos: str) -> str:
+    """A conversation up to the response: each question in ``turn``, each answer ended by ``eos``."""
+    text, before = begin, ""
+    for role, content in prompt:
+        if role == "system":
+            before = f"{content}\n\n"
+        elif role == "user":
+            text, before = text + turn.replace("{prompt}", before + content), ""
+        else:
+            text += f"{content}{eos}"
+    return text

@@ -183,9 +183,7 @@ class Generator:
         if self.contender.routed is not None:
             return load_routed(self.contender.routed, device=device)
         model = Model.model_validate(self.contender.model)
-        if model.attention == "auto" and device == "cuda":
-            model = model.model_copy(update={"attention": "sdpa"})  # FlexAttention is for the trees of training
-        base = load_base(model, device)
+        base = load_base(model, device, serve=True)
         return base if self.contender.adapter is None else load_adapter(base, self.contender.adapter).merge_and_unload()
 
     def __call__(self, rows: list[Row]) -> list[Row]:

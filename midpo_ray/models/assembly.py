@@ -236,14 +236,12 @@ def load_routed(
     base = Model(**settings["base"])
     if dtype is not None:
         base = base.model_copy(update={"dtype": _dtype_name(dtype)})
-    if base.attention == "auto" and torch.device(device or "cpu").type == "cuda":
-        base = base.model_copy(update={"attention": "sdpa"})  # FlexAttention is for the trees of training (ours)
     if model_fingerprint(base.path, base.revision) != settings["fingerprint"]:
         raise UserError(f"{base.path}: not the base model that {folder / 'router.json'} was trained on (its content differs)")
     router = Router.model_validate({key: settings[key] for key in ("gate", "width", "scope")})
     kind = "linear" if settings["folded"] else router.gate
     data = template_data(settings["data"])
-    model = load_base(base, device)
+    model = load_base(base, device, serve=True)
     routed = _assemble(model, experts, router, lambda d_ff: make_gate(kind, d_ff, router.width), base, load_tokenizer(base), data)
     routed.load_gate_state(_tensors(folder / "router.safetensors"), str(folder / "router.safetensors"))
     return routed.fold().eval()

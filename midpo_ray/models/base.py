@@ -44,16 +44,19 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(model: Model, device: torch.device | str | None = None) -> PreTrainedModel:
+def load_base(model: Model, device: torch.device | str | None = None, *, serve: bool = False) -> PreTrainedModel:
     """The causal LM in its recipe's dtype, frozen, in evaluation mode.
 
-    ``attention: auto`` is FlexAttention on CUDA; elsewhere SDPA, or eager attention where the architecture has no SDPA.
+    ``attention: auto`` is FlexAttention on CUDA, which is for the trees of training and not where a model is to ``serve``;
+    elsewhere SDPA, or eager attention where the architecture has no SDPA.
 
     Raises:
         UserError: the path is no causal LM, or the hub does not have it here.
     """
     from transformers import AutoModelForCausalLM
 
+    if serve and model.attention == "auto" and torch.device(device or "cpu").type == "cuda":
+        model = model.model_copy(update={"attention": "sdpa"})
     return _load(AutoModelForCausalLM, "causal language model", model, device)
 
 

@@ -123,9 +123,6 @@ class RoutedCausalLM(nn.Module):
         }
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
-    def gradient_checkpointing_disable(self) -> None:
-        self.model.gradient_checkpointing_disable()
-
     # --- gates ----------------------------------------------------------------------------------------------------------
 
     @contextmanager

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Scorer
+from ..data.tokens import PAPER_BEGIN, PAPER_TURN, render_plain
 from ..errors import UserError
 
 Prompts = Sequence[Sequence[tuple[str, str]]]
@@ -99,15 +100,7 @@ def plain_text(prompt: Sequence[tuple[str, str]]) -> str:
 
 def conversation(prompt: Sequence[tuple[str, str]], eos: str) -> str:
     """Safe RLHF's format up to the response; a system message goes before the first question (ours)."""
-    text, system = "BEGINNING OF CONVERSATION: ", ""
-    for role, content in prompt:
-        if role == "system":
-            system = f"{content}\n\n"
-        elif role == "user":
-            text, system = f"{text}USER: {system}{content} ASSISTANT:", ""
-        else:
-            text += content + eos
-    return text
+    return render_plain(prompt, PAPER_BEGIN, PAPER_TURN, eos)
 
 
 def encode_chats(tokenizer: Any, prompts: Prompts, responses: Sequence[str], max_length: int) -> list[list[int]]:

@@ -13,6 +13,7 @@ from ..storage import Storage
 
 SHOWN = ("loss", "accuracy", "reward_margin", "delta_chosen", "delta_rejected", "safety_gate", "helpfulness_gate")
 EVERY = 15.0  # seconds between plain lines
+REDRAW = 2.0  # seconds between looks at the metrics' files on a terminal
 
 
 class Live:
@@ -30,6 +31,7 @@ class Live:
 
             self.screen = Screen(self._table(), refresh_per_second=2, transient=True)
             self.screen.start()
+            self.next = 0.0
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -39,9 +41,12 @@ class Live:
             self._lines()
 
     def update(self) -> None:
+        if time.monotonic() < self.next:
+            return
         if self.screen is not None:
+            self.next = time.monotonic() + REDRAW
             self.screen.update(self._table())
-        elif time.monotonic() >= self.next:
+        else:
             self.next = time.monotonic() + EVERY
             self._lines()
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ..config import SCORES, Config, Scorer, digest
+from ..config import SCORES, Config, digest
 from ..data.schema import Pair, response_key
 from ..errors import UserError
 from ..storage import Storage
@@ -249,7 +249,7 @@ class FrozenModels:
             if signal == LOGP:
                 self.compute[signal] = LogProbs(self.config, device, self.null_ids)
             else:
-                self.compute[signal] = Texts(getattr(self.config.scores, signal), signal, device)
+                self.compute[signal] = Texts(self.config, signal, device)
 
 
 class LogProbs:
@@ -289,10 +289,12 @@ class LogProbs:
 class Texts:
     """A reward or cost of each response, by a model or a function of texts."""
 
-    def __init__(self, scorer: Scorer, kind: Any, device: str) -> None:
+    def __init__(self, config: Config, kind: Any, device: str) -> None:
         from ..models.scorers import load_scorer
 
-        self.score = load_scorer(scorer, kind, device=device)
+        tokens = config.scores.batch_tokens
+        scorer = getattr(config.scores, kind)
+        self.score = load_scorer(scorer, kind, device=device, batch_tokens=None if tokens == "auto" else tokens)
 
     def __call__(self, groups: list[dict[str, Any]]) -> list[tuple[float, ...]]:
         prompts = [tuple((role, text) for role, text in g["prompt"]) for g in groups for _ in g["responses"]]

@@ -42,9 +42,7 @@ def serve(config: Config, contender: Mapping[str, Any], trained: Mapping[str, Pa
     if kind == "routed":
         return _routed(load_routed(trained["router"], device), nullcontext())
     source = config.model
-    if source.attention == "auto" and device == "cuda":
-        source = source.model_copy(update={"attention": "sdpa"})  # FlexAttention is for the trees of training
-    model = load_base(source, device)
+    model = load_base(source, device, serve=True)
     if kind == "base":
         return Served(model, ResponseLogProbs(model), nullcontext, nullcontext())
     if kind in EXPERTS:
