@@ -50,7 +50,7 @@ def plan(config: Config, manifest: Manifest, until: str | None = None) -> list[S
         stages = stages[: stages.index(until) + 1]
     steps: list[Step] = []
     for s in stages:  # a router's parts name its experts by what they were made of: made again they may differ in a bit
-        again = next((t.stage for t in steps if t.reason and t.stage in (*EXPERTS, "router") and t.stage in parts[s]), None)
+        again = next((t.stage for t in steps if t.reason and t.stage in EXPERTS and t.stage in parts[s]), None)
         steps.append(Step(s, parts[s], manifest.why(s, parts[s]) or (f"{again} runs again" if again else None)))
     return steps
 
