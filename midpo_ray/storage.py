@@ -172,6 +172,7 @@ class Storage:
             aside = f"{name}.tmp-{os.getpid()}"
             self.delete(aside)
             try:
+                self.fs.create_dir(self.path(aside), recursive=True)
                 pafs.copy_files(str(folder), self.path(aside), destination_filesystem=self.fs)
             except BaseException:
                 self.delete(aside)

@@ -8,7 +8,6 @@ import pytest
 from midpo_ray import UserError, load_config
 from midpo_ray.pipeline.manifest import Manifest
 from midpo_ray.pipeline.plan import content_id, fingerprints, plan
-from midpo_ray.pipeline.run import cache_folder
 from midpo_ray.storage import Storage
 
 RECIPE = """
@@ -71,16 +70,6 @@ def test_a_data_folder_is_its_files_at_any_depth(recipe: Path, tmp_path: Path) -
     before = content_id(str(tmp_path / "set"))
     file.write_text("{ }")
     assert content_id(str(tmp_path / "set")) != before
-
-
-def test_a_uris_options_stay_behind_the_path(tmp_path: Path) -> None:
-    shared = Storage("s3://bucket/path?region=x&endpoint_override=127.0.0.1:1")
-    beneath = shared / "scored"
-    assert (beneath.root, beneath.uri.partition("?")[2]) == ("bucket/path/scored", shared.uri.partition("?")[2])
-    cache = cache_folder(load_config("miniature"), shared)
-    assert cache.root == "bucket/cache"
-    with pytest.raises(UserError, match="a folder in it is expected"):
-        cache_folder(load_config("miniature"), Storage("s3://bucket?region=x"))
 
 
 def test_only_what_depends_on_a_change_runs_again(recipe: Path, tmp_path: Path) -> None:
