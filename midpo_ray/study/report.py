@@ -171,7 +171,10 @@ def lines(result: Mapping[str, Any]) -> list[str]:
     """The study in text: ± is half a 95% t-interval over the seeds."""
     seeds = len(result["seeds"])
     told = grid([["model", *COLUMNS.values()], *([c["name"], *(_pm(c[f]) for f in COLUMNS)] for c in result["contenders"])])
-    told += ["", f"± is half of a 95% t-interval over {seeds} seed(s)"]
+    told += [
+        "",
+        f"± is half of a 95% t-interval over {seeds} seeds" if seeds > 1 else "one seed: intervals over prompts are below",
+    ]
     if result["differences"]:
         told += ["", f"{result['main']} less the others, paired by seed"]
         heads = ["against", "reward, benign", "safe, harmful", "joint"]
