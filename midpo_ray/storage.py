@@ -70,8 +70,21 @@ class Storage:
         self.root = self.root.rstrip("/") or "/"
 
     def __truediv__(self, name: str) -> Storage:
-        path, mark, options = self.uri.partition("?")  # a URI's options stay behind the path
-        return Storage(f"{path.rstrip('/')}/{name}{mark}{options}")
+        path, options = self._parts()
+        return Storage(f"{path}/{name}{options}")
+
+    def beside(self, name: str) -> Storage:
+        """A folder in the same parent; UserError for a bucket, which has none."""
+        path, options = self._parts()
+        parent = path.rsplit("/", 1)[0]
+        if parent.endswith(":/"):
+            raise UserError(f"{self.uri}: a folder in it is expected, for example {path}/runs/NAME, or set cache")
+        return Storage(f"{parent}/{name}{options}")
+
+    def _parts(self) -> tuple[str, str]:
+        """A URI's path, and its options with their question mark, which stay behind it."""
+        path, mark, options = self.uri.partition("?")
+        return path.rstrip("/"), mark + options
 
     def __repr__(self) -> str:
         return f"Storage({self.uri!r})"

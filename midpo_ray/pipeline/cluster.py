@@ -153,8 +153,12 @@ def wait_for(stages: Sequence[tuple[str, Group]], timeout: float, say: Callable[
     deadline = time.monotonic() + timeout
     told = False
     try:
-        while lacking := [(stage, group) for stage, group in stages if hold([group], nodes()) is not None]:
-            line = missing(*lacking[0], nodes())
+        while True:
+            there = nodes()
+            lacking = next((s for s in stages if hold([s[1]], there) is not None), None)
+            if lacking is None:
+                return
+            line = missing(*lacking, there)
             if time.monotonic() >= deadline:
                 raise UserError(line + (f" (waited {timeout:g} s)" if timeout else ""))
             if not told:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import EXPERTS, Config
-from ..errors import UserError
 from ..storage import Storage
 from . import cluster
 from .manifest import Manifest
@@ -35,13 +34,7 @@ def run_directory(config: Config, run_dir: str | None) -> Storage:
 
 def cache_folder(config: Config, run: Storage) -> Storage:
     """Where scores (and built-in models) are kept for all runs: beside the run directory, unless the recipe says where."""
-    if config.cache:
-        return Storage(config.cache)
-    path, mark, options = run.uri.partition("?")
-    parent = path.rsplit("/", 1)[0]
-    if parent.endswith(":/"):
-        raise UserError(f"{run.uri}: a folder in it is expected, for example {path}/runs/NAME, or set cache")
-    return Storage(f"{parent}/cache{mark}{options}")
+    return Storage(config.cache) if config.cache else run.beside("cache")
 
 
 def run(

@@ -41,16 +41,15 @@ def serve(config: Config, contender: Mapping[str, Any], trained: Mapping[str, Pa
     kind, device = contender["serve"], "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "routed":
         return _routed(load_routed(trained["router"], device), nullcontext())
-    source = config.model
-    model = load_base(source, device, serve=True)
+    model = load_base(config.model, device, serve=True)
     if kind == "base":
         return Served(model, ResponseLogProbs(model), nullcontext, nullcontext())
     if kind in EXPERTS:
         adapted = load_adapter(model, trained[kind]).eval()
         return Served(adapted, ResponseLogProbs(adapted), adapted.disable_adapter, nullcontext())
     safety, helpfulness = (trained[name] for name in EXPERTS)
-    texts: dict[str, Any] = {"tokenizer": load_tokenizer(source), "data": config.data}
-    routed = route(model, safety, helpfulness, config.router, base=source, **texts).eval()
+    texts: dict[str, Any] = {"tokenizer": load_tokenizer(config.model), "data": config.data}
+    routed = route(model, safety, helpfulness, config.router, base=config.model, **texts).eval()
     return _routed(routed, routed.force_gates(*contender["gates"]))
 
 

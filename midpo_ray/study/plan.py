@@ -79,7 +79,7 @@ def plan(study: Study, config: Config, where: str) -> Plan:
     """The study's units, seed by seed.
 
     Raises:
-        UserError: a contender's overrides do not fit the recipe, or two contenders are the same.
+        UserError: a contender's overrides do not fit the recipe, two contenders are the same, or a judge is wrong.
     """
     units: dict[str, Unit] = {}
     answers: dict[tuple[str, int], str] = {}

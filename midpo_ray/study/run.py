@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..evaluation.judges import load_judge
 from ..evaluation.prompts import MINIATURE, load_sets
 from ..pipeline import cluster
 from ..storage import Storage
@@ -51,8 +50,6 @@ def study(
     folder = Storage(run_dir or f"runs/study-{Path(name).stem}")
     if not wanted.sets and config.model.path != MINIATURE:
         raise UserError(f"study {name}: sets is empty, and the recipe's model is not {MINIATURE}: name the sets of prompts")
-    for judge in wanted.judges:
-        load_judge(judge)
     graph = plan(wanted, config, f"study {name}")
     done = finished(folder, graph)
     todo = graph.missing(done)

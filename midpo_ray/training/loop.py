@@ -109,7 +109,6 @@ def fit(
                 metrics.write(_record(done, plan, sums, lr), _timing(done, sums, spans, nodes))
             spans = []
         if next_.validate and len(held_out):
-            phase(done, "validate")
             record = _record(done, plan, validate(engine, step, held_out, optim, partial(phase, done, "validate")), None)
             if metrics:
                 metrics.write(record)
