@@ -30,9 +30,13 @@ def isolated(module: str, arguments: Sequence[str], threads: int | None = None) 
         result = Path(folder) / "result.json"
         command = [sys.executable, "-m", module, *arguments, "--result", str(result)]
         environment["HF_DATASETS_CACHE"] = folder  # nothing is found from an earlier run
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
         if done.returncode or not result.exists():
-            raise RuntimeError(f"{' '.join(command)} failed ({done.returncode}):\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+            raise RuntimeError(
+                f"{' '.join(command)} failed ({done.returncode}):\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+            )
         return json.loads(result.read_text("utf-8"))
 
 
@@ -57,14 +61,29 @@ def machine() -> dict[str, Any]:
     """Hardware, versions, date."""
     import torch
 
-    names = [line.partition(":")[2].strip() for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
-    flags = next((line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("flags")), "")
-    memory = next((line.split()[1] for line in _read("/proc/meminfo").splitlines() if line.startswith("MemTotal")), "0")
+    names = [
+        line.partition(":")[2].strip()
+        for line in _read("/proc/cpuinfo").splitlines()
+        if line.startswith("model name")
+    ]
+    flags = next(
+        (line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("flags")), ""
+    )
+    memory = next(
+        (
+            line.split()[1]
+            for line in _read("/proc/meminfo").splitlines()
+            if line.startswith("MemTotal")
+        ),
+        "0",
+    )
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": names[0] if names else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
-        "features": [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags.split()],
+        "features": [
+            f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags.split()
+        ],
         "memory_gib": round(int(memory) * 1024 / GIB, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
@@ -87,13 +106,21 @@ def _version(package: str) -> str | None:
         return None
 
 
-def save(name: str, result: Mapping[str, Any], title: str, rows: Sequence[Mapping[str, Any]], out: Path | None = None) -> str:
+def save(
+    name: str,
+    result: Mapping[str, Any],
+    title: str,
+    rows: Sequence[Mapping[str, Any]],
+    out: Path | None = None,
+) -> str:
     """Write ``name``.json (or ``out``) and the Markdown table beside it; returns the Markdown."""
     path = out or RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     here = result["machine"]
-    processor = here["gpu"] or f"{here['cores']} cores of {here['cpu']} ({', '.join(here['features'])})"
+    processor = (
+        here["gpu"] or f"{here['cores']} cores of {here['cpu']} ({', '.join(here['features'])})"
+    )
     versions = ", ".join(f"{k} {v}" for k, v in here["versions"].items() if v)
     text = f"## {title}\n\n{markdown(rows)}\n\n{here['date']}; {processor}, {here['memory_gib']} GiB; {versions}.\n"
     path.with_suffix(".md").write_text(text, "utf-8")

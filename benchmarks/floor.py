@@ -31,7 +31,9 @@ KINDS = (
 )
 
 
-def count(shape: dict[str, int], tokens: int, responses: int, length: int, rank: int = 16) -> dict[str, float]:
+def count(
+    shape: dict[str, int], tokens: int, responses: int, length: int, rank: int = 16
+) -> dict[str, float]:
     """GFLOP of one step: forward and input gradients; weight gradients for the LoRA alone.
 
     Args:
@@ -62,7 +64,9 @@ def matmul_rate(rows: int, inner: int, columns: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="folder of the model")
     parser.add_argument("--data", required=True, help="PKU-SafeRLHF rows")
     parser.add_argument("--pairs", type=int, default=4)
@@ -76,7 +80,9 @@ def main() -> None:
     def step() -> float:
         start = time.perf_counter()
         found = engine(made)
-        engine.backward(-torch.nn.functional.logsigmoid(0.1 * (found[0::2] - found[1::2])).mean(), last=True)
+        engine.backward(
+            -torch.nn.functional.logsigmoid(0.1 * (found[0::2] - found[1::2])).mean(), last=True
+        )
         engine.step()
         return time.perf_counter() - start
 
@@ -86,11 +92,21 @@ def main() -> None:
         step()
     spent: Counter[str] = Counter()
     for event in profile.key_averages():
-        kind = next((k for k, names in KINDS if event.key.startswith(tuple(names.split()))), "everything else")
+        kind = next(
+            (k for k, names in KINDS if event.key.startswith(tuple(names.split()))),
+            "everything else",
+        )
         spent[kind] += event.self_cpu_time_total
-    made_of: Any = next(m for m in engine.module.modules() if m.__class__.__name__.endswith("ForCausalLM")).config
+    made_of: Any = next(
+        m for m in engine.module.modules() if m.__class__.__name__.endswith("ForCausalLM")
+    ).config
     kv = made_of.num_key_value_heads * made_of.hidden_size // made_of.num_attention_heads
-    shape = {"hidden": made_of.hidden_size, "kv": kv, "ff": made_of.intermediate_size, "layers": made_of.num_hidden_layers}
+    shape = {
+        "hidden": made_of.hidden_size,
+        "kv": kv,
+        "ff": made_of.intermediate_size,
+        "layers": made_of.num_hidden_layers,
+    }
     shape["vocabulary"] = made_of.vocab_size
     rows, length = made.input_ids.shape
     work = count(shape, rows * length, len(made.labels), length)
@@ -102,12 +118,21 @@ def main() -> None:
         {"": "floor, s a step", "value": floor},
         {"": "measured, s a step", "value": seconds},
         {"": "floor / measured", "value": floor / seconds},
-        *({"": f"share of the profile: {kind}", "value": part / spent.total()} for kind, part in spent.most_common()),
+        *(
+            {"": f"share of the profile: {kind}", "value": part / spent.total()}
+            for kind, part in spent.most_common()
+        ),
     ]
-    seven = [{"": f"Llama-7B, 1 pair of 512: {k}, GFLOP", "value": v} for k, v in count(LLAMA_7B, 512, 410, 512).items()]
+    seven = [
+        {"": f"Llama-7B, 1 pair of 512: {k}, GFLOP", "value": v}
+        for k, v in count(LLAMA_7B, 512, 410, 512).items()
+    ]
     real = int((made.document_ids >= 0).sum())
     title = f"A step of {a.pairs} pairs, {rows} x {length} tokens ({real} real), {Path(a.model).name}, fp32, one thread"
-    text = save("floor", {"machine": here, "rows": table, "llama_7b": seven}, title, table, a.json) + f"\n{markdown(seven)}\n"
+    text = (
+        save("floor", {"machine": here, "rows": table, "llama_7b": seven}, title, table, a.json)
+        + f"\n{markdown(seven)}\n"
+    )
     (a.json or RESULTS / "floor.json").with_suffix(".md").write_text(text, "utf-8")
     print(text)
 

@@ -34,7 +34,13 @@ SHAPES = {
         "num_attention_heads": 32,
         "vocab_size": 32000,
     },
-    "tiny": {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512},
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 172,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 512,
+    },
 }
 PROMPT = 0.2  # share of a row
 SIZE = 8192  # of the matrices whose product is timed
@@ -59,7 +65,9 @@ def build(shape: str, device: torch.device, tokens: int, checkpointing: bool) ->
     attention = "flex_attention" if device.type == "cuda" else "sdpa"
     settings = LlamaConfig(**SHAPES[shape], max_position_embeddings=tokens)
     with device:
-        model = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(
+            settings, dtype=torch.bfloat16, attn_implementation=attention
+        )
     model = add_lora(model.requires_grad_(False), config.Lora(), seed=0)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -74,7 +82,9 @@ def pair(tokens: int, vocabulary: int, generator: torch.Generator) -> Document:
     return Document(ids[:prompt], [ids[prompt:middle], ids[middle:]])
 
 
-def measure(a: argparse.Namespace, tokens: int, device: torch.device, rate: float) -> dict[str, Any]:
+def measure(
+    a: argparse.Namespace, tokens: int, device: torch.device, rate: float
+) -> dict[str, Any]:
     policy = build(a.shape, device, tokens, a.checkpointing)
     engine = plain(policy, config.Optim(), device)
     engine.set_lr(1e-5)
@@ -82,7 +92,9 @@ def measure(a: argparse.Namespace, tokens: int, device: torch.device, rate: floa
     shape, generator = SHAPES[a.shape], torch.Generator().manual_seed(0)
     neutral = {"margin": 0.0, "weight_chosen": 1.0, "weight_rejected": 1.0, "scale": 1.0}
     neutral |= {"reference_chosen": 0.0, "reference_rejected": 0.0}
-    signals = {name: torch.full((a.pairs,), value, device=device) for name, value in neutral.items()}
+    signals = {
+        name: torch.full((a.pairs,), value, device=device) for name, value in neutral.items()
+    }
     seconds = []
     for number in range(a.warmup + a.steps):
         if number == a.warmup and device.type == "cuda":
@@ -96,7 +108,11 @@ def measure(a: argparse.Namespace, tokens: int, device: torch.device, rate: floa
         wait()
         seconds.append(time.perf_counter() - start)
     taken = statistics.median(seconds[a.warmup :])
-    decoder = sum(p.numel() for n, p in policy.named_parameters() if p.dim() == 2 and "embed" not in n and "lm_head" not in n)
+    decoder = sum(
+        p.numel()
+        for n, p in policy.named_parameters()
+        if p.dim() == 2 and "embed" not in n and "lm_head" not in n
+    )
     head = shape["vocab_size"] * shape["hidden_size"]
     row_flops = 4 * (decoder * tokens + head * (tokens - int(PROMPT * tokens)))
     peak = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else float("nan")
@@ -111,11 +127,17 @@ def measure(a: argparse.Namespace, tokens: int, device: torch.device, rate: floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048], help="of a row")
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--shape", choices=SHAPES, default="7b")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute the forward pass: less memory, a third more work")
+    parser.add_argument(
+        "--checkpointing",
+        action="store_true",
+        help="recompute the forward pass: less memory, a third more work",
+    )
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/gpu_step.json")
@@ -125,7 +147,15 @@ def main() -> None:
     rate = matmul_rate(device, SIZE if device.type == "cuda" else 256)
     rows = [measure(a, tokens, device, rate) for tokens in a.tokens]
     title = f"One preference step in bf16, {a.shape} shape; a matrix product runs at {rate / 1e12:.3g} TFLOP/s"
-    print(save("gpu_step", {"machine": machine(), "matmul_flops": rate, "rows": rows}, title, rows, a.json))
+    print(
+        save(
+            "gpu_step",
+            {"machine": machine(), "matmul_flops": rate, "rows": rows},
+            title,
+            rows,
+            a.json,
+        )
+    )
 
 
 if __name__ == "__main__":

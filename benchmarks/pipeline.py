@@ -84,7 +84,13 @@ def pipeline(a: argparse.Namespace) -> dict[str, Any]:
 
     together = a.contender == "together"
     stages = [*config.EXPERTS, *(["router"] if together else [])]
-    ray.init(address="local", include_dashboard=False, num_cpus=2 if together else 1, log_to_driver=False, logging_level="ERROR")
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        num_cpus=2 if together else 1,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
     start = time.time()
     folder = Storage(f"{a.folder}/{a.contender}")
     run(recipe(a), run_dir=folder.uri, until=stages[-1], say=lambda line: print(line, flush=True))
@@ -106,8 +112,12 @@ def bare(a: argparse.Namespace) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     recipe_, optim = recipe(a), recipe(a).optim("safety")
-    table = StageTable(stage_table(recipe_, "safety", Scored.load(Storage(f"{a.folder}/together/scored")))[0])
-    policy = ResponseLogProbs(add_lora(load_base(recipe_.model), recipe_.lora, recipe_.seed)).train()
+    table = StageTable(
+        stage_table(recipe_, "safety", Scored.load(Storage(f"{a.folder}/together/scored")))[0]
+    )
+    policy = ResponseLogProbs(
+        add_lora(load_base(recipe_.model), recipe_.lora, recipe_.seed)
+    ).train()
     trained = [p for p in policy.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(trained, lr=optim.lr, weight_decay=0.0)
     plan, steps = Plan(table.lengths(optim.layout), optim, recipe_.seed), []
@@ -115,7 +125,13 @@ def bare(a: argparse.Namespace) -> dict[str, Any]:
         start = time.time()
         for rows in plan.micro_batches(number, 0, 1):
             found, known = policy(collate(table.documents(rows), optim.layout)), table.signals(rows)
-            loss = preference_loss(found[0::2], found[1::2], known["reference_chosen"], known["reference_rejected"], beta=0.1)
+            loss = preference_loss(
+                found[0::2],
+                found[1::2],
+                known["reference_chosen"],
+                known["reference_rejected"],
+                beta=0.1,
+            )
             (loss.sum() / len(plan.batch(number))).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         adamw.step()
@@ -125,12 +141,19 @@ def bare(a: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="folder of the model")
     parser.add_argument("--safety", required=True, help="PKU-SafeRLHF rows with safety labels")
     parser.add_argument("--helpful", required=True, help="the same with helpfulness labels")
     parser.add_argument("--steps", type=int, default=20, help="of the safety expert")
-    parser.add_argument("--helpful-steps", type=int, default=11, help="of the other: about the same work, its pairs are longer")
+    parser.add_argument(
+        "--helpful-steps",
+        type=int,
+        default=11,
+        help="of the other: about the same work, its pairs are longer",
+    )
     parser.add_argument("--batch", type=int, default=4, help="pairs of a step")
     parser.add_argument("--rows", type=int, default=64, help="rows of each file")
     parser.add_argument("--quick", action="store_true", help="6 steps on 12 rows")
@@ -140,17 +163,30 @@ def main() -> None:
     parser.add_argument("--result", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.contender:
-        Path(a.result).write_text(json.dumps(bare(a) if a.contender == "bare" else pipeline(a)), "utf-8")
+        Path(a.result).write_text(
+            json.dumps(bare(a) if a.contender == "bare" else pipeline(a)), "utf-8"
+        )
         return
     if a.quick:
         a.steps, a.helpful_steps, a.rows = 6, 4, 12
     here = machine()
-    options = {"--model": a.model, "--safety": a.safety, "--helpful": a.helpful, "--steps": a.steps, "--batch": a.batch}
+    options = {
+        "--model": a.model,
+        "--safety": a.safety,
+        "--helpful": a.helpful,
+        "--steps": a.steps,
+        "--batch": a.batch,
+    }
     options["--helpful-steps"] = a.helpful_steps
     with tempfile.TemporaryDirectory() as folder:
-        common = [str(x) for pair in {**options, "--rows": a.rows, "--folder": folder}.items() for x in pair]
+        common = [
+            str(x)
+            for pair in {**options, "--rows": a.rows, "--folder": folder}.items()
+            for x in pair
+        ]
         runs = [
-            isolated("benchmarks.pipeline", [*common, "--contender", name], 1) for name in ("together", "bare", "turn", "bare")
+            isolated("benchmarks.pipeline", [*common, "--contender", name], 1)
+            for name in ("together", "bare", "turn", "bare")
         ]
     together, first, turn, second = (run["stages"] for run in runs)
     bare_step = (steady(first["safety"]) + steady(second["safety"])) / 2
@@ -162,8 +198,14 @@ def main() -> None:
         {"": "share of it in which a stage trains", "value": training / runs[0]["wall"]},
         {"": "bare loop, s a step", "value": bare_step},
         {"": "pipeline with 1 worker, ZeRO-2, s a step", "value": steady(turn["safety"])},
-        {"": "share of the bare loop's pairs/s that it keeps", "value": bare_step / steady(turn["safety"])},
-        *({"": f"{name} expert by itself, training s", "value": seconds} for name, seconds in alone.items()),
+        {
+            "": "share of the bare loop's pairs/s that it keeps",
+            "value": bare_step / steady(turn["safety"]),
+        },
+        *(
+            {"": f"{name} expert by itself, training s", "value": seconds}
+            for name, seconds in alone.items()
+        ),
         {"": "both experts one after the other, training s", "value": sum(alone.values())},
         {"": "both at once, training s", "value": both},
         {"": "at once / one after the other", "value": both / sum(alone.values())},

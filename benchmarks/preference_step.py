@@ -48,9 +48,16 @@ def documents(model: config.Model, data: str, pairs: int) -> list[Document]:
     section = config.Data(sets=(config.DataSet(path=data),))
     rows, _ = read_pairs(section.sets, seed=SEED)
     choices, _ = select(rows, "safety")
-    made = Tokenization(load_tokenizer(model), section).documents([rows[i] for i, _ in choices[: pairs + 16]])
-    kept = [(d, chosen) for d, (_, chosen) in zip(made, choices, strict=False) if d is not None][:pairs]
-    return [Document(prompt, [responses[chosen], responses[1 - chosen]]) for (prompt, responses), chosen in kept]
+    made = Tokenization(load_tokenizer(model), section).documents(
+        [rows[i] for i, _ in choices[: pairs + 16]]
+    )
+    kept = [(d, chosen) for d, (_, chosen) in zip(made, choices, strict=False) if d is not None][
+        :pairs
+    ]
+    return [
+        Document(prompt, [responses[chosen], responses[1 - chosen]])
+        for (prompt, responses), chosen in kept
+    ]
 
 
 class Clock:
@@ -79,27 +86,41 @@ class Clock:
         return [float(loss) for loss in losses]
 
 
-def ours(a: Arguments, model: config.Model, docs: list[Document], device: torch.device, clock: Clock) -> dict[str, Any]:
+def ours(
+    a: Arguments, model: config.Model, docs: list[Document], device: torch.device, clock: Clock
+) -> dict[str, Any]:
     policy = ResponseLogProbs(add_lora(load_base(model, device), LORA, SEED))
     lengths = [len(d.prefix) + sum(map(len, d.suffixes)) for d in docs]
     start = time.perf_counter()
     reference = torch.zeros(len(docs), 2)
     with torch.no_grad():
-        for part in (p for p in split_batch(range(len(docs)), lengths, 1, a.batch_tokens, a.layout)[0]):
-            reference[part] = policy(collate([docs[i] for i in part], a.layout).to(device)).view(-1, 2).cpu()
+        for part in (
+            p for p in split_batch(range(len(docs)), lengths, 1, a.batch_tokens, a.layout)[0]
+        ):
+            reference[part] = (
+                policy(collate([docs[i] for i in part], a.layout).to(device)).view(-1, 2).cpu()
+            )
     scoring = time.perf_counter() - start
     engine = plain(policy, OPTIM, device)
     engine.set_lr(OPTIM.lr)
     engine.train()
     step = ExpertStep(engine, beta=BETA)
-    neutral = {"margin": torch.zeros, "weight_chosen": torch.ones, "weight_rejected": torch.ones, "scale": torch.ones}
+    neutral = {
+        "margin": torch.zeros,
+        "weight_chosen": torch.ones,
+        "weight_rejected": torch.ones,
+        "scale": torch.ones,
+    }
 
     def run(number: int) -> Loss:
         batch = range(number * a.batch, (number + 1) * a.batch)
         parts = split_batch(batch, lengths, 1, a.batch_tokens, a.layout)[0]
         total: Loss = 0.0
         for part in parts:
-            signals = {"reference_chosen": reference[part, 0], "reference_rejected": reference[part, 1]}
+            signals = {
+                "reference_chosen": reference[part, 0],
+                "reference_rejected": reference[part, 1],
+            }
             signals |= {name: make(len(part)) for name, make in neutral.items()}
             tokens = collate([docs[i] for i in part], a.layout).to(device)
             loss, _ = step(StepBatch(tokens, {k: v.to(device) for k, v in signals.items()}))
@@ -111,7 +132,9 @@ def ours(a: Arguments, model: config.Model, docs: list[Document], device: torch.
     return {"losses": clock.run(run, len(docs) // a.batch), "scoring": scoring}
 
 
-def trl(a: Arguments, model: config.Model, docs: list[Document], device: torch.device, clock: Clock) -> dict[str, Any]:
+def trl(
+    a: Arguments, model: config.Model, docs: list[Document], device: torch.device, clock: Clock
+) -> dict[str, Any]:
     import tempfile
 
     from datasets import Dataset
@@ -132,8 +155,13 @@ def trl(a: Arguments, model: config.Model, docs: list[Document], device: torch.d
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             clock.stop()
 
-    rows = [{"prompt_ids": d.prefix, "chosen_ids": d.suffixes[0], "rejected_ids": d.suffixes[1]} for d in docs]
-    dataset = Dataset.from_list([{**row, "prompt": "", "chosen": "", "rejected": ""} for row in rows])
+    rows = [
+        {"prompt_ids": d.prefix, "chosen_ids": d.suffixes[0], "rejected_ids": d.suffixes[1]}
+        for d in docs
+    ]
+    dataset = Dataset.from_list(
+        [{**row, "prompt": "", "chosen": "", "rejected": ""} for row in rows]
+    )
     base = AutoModelForCausalLM.from_pretrained(model.path, dtype=getattr(torch, model.dtype))
     with tempfile.TemporaryDirectory() as folder:
         settings = DPOConfig(
@@ -143,13 +171,26 @@ def trl(a: Arguments, model: config.Model, docs: list[Document], device: torch.d
             save_strategy="no", use_cpu=device.type == "cpu", disable_tqdm=True, seed=SEED,
             precompute_ref_log_probs=a.contender == "trl-precomputed",
         )  # fmt: skip
-        lora = LoraConfig(r=LORA.r, lora_alpha=LORA.alpha, target_modules=list(LORA.target_modules), task_type="CAUSAL_LM")
+        lora = LoraConfig(
+            r=LORA.r,
+            lora_alpha=LORA.alpha,
+            target_modules=list(LORA.target_modules),
+            task_type="CAUSAL_LM",
+        )
         start = time.perf_counter()
         trainer = Tokenised(
-            model=base, args=settings, train_dataset=dataset, processing_class=load_tokenizer(model), peft_config=lora
+            model=base,
+            args=settings,
+            train_dataset=dataset,
+            processing_class=load_tokenizer(model),
+            peft_config=lora,
         )
         scoring = time.perf_counter() - start
-        initial = [p for n, p in add_lora(load_base(model), LORA, SEED).named_parameters() if ".lora_A." in n]
+        initial = [
+            p
+            for n, p in add_lora(load_base(model), LORA, SEED).named_parameters()
+            if ".lora_A." in n
+        ]
         adapters = [p for n, p in trainer.model.named_parameters() if ".lora_A." in n]
         with torch.no_grad():
             for own, value in zip(adapters, initial, strict=True):
@@ -161,10 +202,17 @@ def trl(a: Arguments, model: config.Model, docs: list[Document], device: torch.d
     return {"losses": losses, "scoring": scoring}
 
 
-def paper(a: Arguments, model: config.Model, docs: list[Document], device: torch.device, clock: Clock) -> dict[str, Any]:
-    policy, reference = add_lora(load_base(model, device), LORA, SEED).train(), load_base(model, device)
+def paper(
+    a: Arguments, model: config.Model, docs: list[Document], device: torch.device, clock: Clock
+) -> dict[str, Any]:
+    policy, reference = (
+        add_lora(load_base(model, device), LORA, SEED).train(),
+        load_base(model, device),
+    )
     reward = load_base(model, device).get_decoder()
-    score = torch.zeros(reward.config.hidden_size, device=device, dtype=reward.dtype)  # its margin is 0: the loss is DPO's
+    score = torch.zeros(
+        reward.config.hidden_size, device=device, dtype=reward.dtype
+    )  # its margin is 0: the loss is DPO's
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=OPTIM.lr, weight_decay=0.0)
 
@@ -209,14 +257,18 @@ def contend(a: argparse.Namespace) -> None:
     """One contender, in this process."""
     torch.manual_seed(SEED)
     torch.set_num_threads(a.threads)
-    model = config.Model(path=a.model, dtype=DTYPES[a.dtype], attention="auto" if a.contender == "ours" else "sdpa")
+    model = config.Model(
+        path=a.model, dtype=DTYPES[a.dtype], attention="auto" if a.contender == "ours" else "sdpa"
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     docs = documents(model, a.data, a.pairs)
     docs = docs[: len(docs) // a.batch * a.batch]
     clock = Clock()
     result = CONTENDERS[a.contender](a, model, docs, device, clock)
     per_pair = [s / a.batch for s in clock.seconds][WARMUP:]
-    tokens = sum(len(d.prefix) * 2 + sum(map(len, d.suffixes)) for d in docs[WARMUP * a.batch :])  # as a user counts them
+    tokens = sum(
+        len(d.prefix) * 2 + sum(map(len, d.suffixes)) for d in docs[WARMUP * a.batch :]
+    )  # as a user counts them
     Path(a.result).write_text(
         json.dumps(
             {
@@ -236,18 +288,27 @@ def contend(a: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="folder of the model")
     parser.add_argument("--data", required=True, help="PKU-SafeRLHF rows")
     parser.add_argument("--pairs", type=int, default=48)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--against", default="trl,trl-precomputed,paper")
-    parser.add_argument("--rounds", type=int, default=1, help="all contenders in turn, so often; the mean of the rounds counts")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=1,
+        help="all contenders in turn, so often; the mean of the rounds counts",
+    )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--layout", choices=("tree", "packed", "padded"), default=OPTIM.layout)
     parser.add_argument("--batch-tokens", type=int, default=OPTIM.batch_tokens)
-    parser.add_argument("--json", type=Path, help="default: benchmarks/results/preference_step_DTYPE.json")
+    parser.add_argument(
+        "--json", type=Path, help="default: benchmarks/results/preference_step_DTYPE.json"
+    )
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--result", help=argparse.SUPPRESS)
     a = parser.parse_args()
@@ -264,13 +325,17 @@ def main() -> None:
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in range(a.rounds):
         for name in names:
-            runs[name].append(isolated("benchmarks.preference_step", [*arguments, "--contender", name], a.threads))
+            runs[name].append(
+                isolated("benchmarks.preference_step", [*arguments, "--contender", name], a.threads)
+            )
     rows = []
     best = runs["ours"][0]["losses"][:10]
     for name in names:
         mean = statistics.mean(r["mean_s_per_pair"] for r in runs[name])
         mine = statistics.mean(r["mean_s_per_pair"] for r in runs["ours"])
-        cpu, my_cpu = (statistics.mean(r["cpu_s_per_pair"] for r in runs[n]) for n in (name, "ours"))
+        cpu, my_cpu = (
+            statistics.mean(r["cpu_s_per_pair"] for r in runs[n]) for n in (name, "ours")
+        )
         peak, my_peak = (max(r["peak_gib"] for r in runs[n]) for n in (name, "ours"))
         theirs = runs[name][0]["losses"][:10]
         rows.append(
@@ -289,7 +354,12 @@ def main() -> None:
             }
         )
     title = f"One preference step: {Path(a.model).name}, {runs['ours'][0]['pairs']} pairs, batches of {a.batch}, {a.dtype}"
-    result = {"machine": here, "arguments": {k: str(v) for k, v in vars(a).items() if v is not None}, "rows": rows, "runs": runs}
+    result = {
+        "machine": here,
+        "arguments": {k: str(v) for k, v in vars(a).items() if v is not None},
+        "rows": rows,
+        "runs": runs,
+    }
     print(save(f"preference_step_{a.dtype}", result, title, rows, a.json))
 
 

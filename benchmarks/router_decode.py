@@ -43,7 +43,9 @@ def adapter(model: config.Model, folder: Path, seed: int) -> Path:
 
 
 def contenders(model: config.Model, scratch: Path) -> dict[str, Any]:
-    safety, helpful = (adapter(model, scratch / name, seed) for seed, name in enumerate(config.EXPERTS))
+    safety, helpful = (
+        adapter(model, scratch / name, seed) for seed, name in enumerate(config.EXPERTS)
+    )
 
     def routed(gate: str, scope: str) -> Any:
         settings = config.Router.model_validate({"gate": gate, "scope": scope})
@@ -62,7 +64,9 @@ def contenders(model: config.Model, scratch: Path) -> dict[str, Any]:
     with torch.inference_mode(), made["routed, folded, scope last"].force_gates(1.0, 0.0):
         one, other = made["routed, folded, scope last"](ids).logits, made[ADAPTER](ids).logits
     if not torch.allclose(one, other, atol=2e-3):
-        raise AssertionError(f"gates (1, 0) are {(one - other).abs().max():.1e} off the safety adapter")
+        raise AssertionError(
+            f"gates (1, 0) are {(one - other).abs().max():.1e} off the safety adapter"
+        )
     return made
 
 
@@ -100,12 +104,20 @@ def gates_at_7b() -> list[dict[str, Any]]:
     for kind in ("linear", "bottleneck", "mlp"):
         with torch.device("meta"):
             count = LAYERS * sum(p.numel() for p in make_gate(kind, D_FF).parameters())
-        rows.append({"gate": kind, "trainable parameters, M": count / 1e6, "optimizer GiB": 12 * count / 2**30})
+        rows.append(
+            {
+                "gate": kind,
+                "trainable parameters, M": count / 1e6,
+                "optimizer GiB": 12 * count / 2**30,
+            }
+        )
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="folder of the model")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=128, help="timed steps")
@@ -122,14 +134,19 @@ def main() -> None:
         {
             "": name,
             "ms a token": 1e3 * statistics.median(times),
-            "to base + one adapter": statistics.median(x / y for x, y in zip(times, seconds[ADAPTER], strict=True)),
+            "to base + one adapter": statistics.median(
+                x / y for x, y in zip(times, seconds[ADAPTER], strict=True)
+            ),
         }
         for name, times in seconds.items()
     ]
     gates = gates_at_7b()
     result = {"machine": here, "rows": rows, "gates_at_7b": gates, "seconds": seconds}
     title = f"A greedy decoding step with cache: {Path(a.model).name}, fp32, one thread"
-    text = save("router_decode", result, title, rows, a.json) + f"\nGates at Llama-7B shape:\n\n{markdown(gates)}\n"
+    text = (
+        save("router_decode", result, title, rows, a.json)
+        + f"\nGates at Llama-7B shape:\n\n{markdown(gates)}\n"
+    )
     (a.json or RESULTS / "router_decode.json").with_suffix(".md").write_text(text, "utf-8")
     print(text)
 

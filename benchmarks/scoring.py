@@ -53,17 +53,38 @@ def ours(a: argparse.Namespace) -> dict[str, Any]:
     import ray
 
     run, data, quarter, items = prepared(a)
-    ray.init(address="local", include_dashboard=False, num_cpus=a.workers, log_to_driver=False, logging_level="ERROR")
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        num_cpus=a.workers,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
     seconds = []
     for part in (quarter, items):
         with tempfile.TemporaryDirectory() as cache:
             start = time.perf_counter()
-            scored = score(run, part, data.pairs, data.fingerprints, data.null_ids, Storage(cache), lambda line: None)
+            scored = score(
+                run,
+                part,
+                data.pairs,
+                data.fingerprints,
+                data.null_ids,
+                Storage(cache),
+                lambda line: None,
+            )
             seconds.append(time.perf_counter() - start)
     ray.shutdown()
     each = (seconds[1] - seconds[0]) / (len(items) - len(quarter))
-    values = {key: (row["reference_logp"], row["unconditional_logp"]) for key, row in scored.rows.items()}
-    return {"per_second": 1 / each, "start": seconds[0] - len(quarter) * each, "whole": seconds[1], "values": values}
+    values = {
+        key: (row["reference_logp"], row["unconditional_logp"]) for key, row in scored.rows.items()
+    }
+    return {
+        "per_second": 1 / each,
+        "start": seconds[0] - len(quarter) * each,
+        "whole": seconds[1],
+        "values": values,
+    }
 
 
 def plain(a: argparse.Namespace) -> dict[str, Any]:
@@ -77,8 +98,12 @@ def plain(a: argparse.Namespace) -> dict[str, Any]:
     def sums(rows: list[tuple[list[int], list[int]]]) -> list[float]:
         width = max(len(prompt) + len(response) for prompt, response in rows)
         ids = torch.tensor([p + r + [0] * (width - len(p) - len(r)) for p, r in rows])
-        real = torch.tensor([[1] * (len(p) + len(r)) + [0] * (width - len(p) - len(r)) for p, r in rows])
-        scored = torch.tensor([[0] * len(p) + [1] * len(r) + [0] * (width - len(p) - len(r)) for p, r in rows])
+        real = torch.tensor(
+            [[1] * (len(p) + len(r)) + [0] * (width - len(p) - len(r)) for p, r in rows]
+        )
+        scored = torch.tensor(
+            [[0] * len(p) + [1] * len(r) + [0] * (width - len(p) - len(r)) for p, r in rows]
+        )
         logits = model(input_ids=ids, attention_mask=real).logits[:, :-1]
         found = logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
         return (found * scored[:, 1:]).sum(1).tolist()
@@ -91,20 +116,26 @@ def plain(a: argparse.Namespace) -> dict[str, Any]:
             part = items[at : at + a.batch]
             given = sums([(i.prompt_ids, i.response_ids) for i in part])
             alone = sums([(data.null_ids, i.response_ids) for i in part])
-            values.update({i.key: pair for i, pair in zip(part, zip(given, alone, strict=True), strict=True)})
+            values.update(
+                {i.key: pair for i, pair in zip(part, zip(given, alone, strict=True), strict=True)}
+            )
         whole = time.perf_counter() - start
     return {"per_second": len(items) / whole, "start": 0.0, "whole": whole, "values": values}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="folder of the model")
     parser.add_argument("--data", required=True, help="PKU-SafeRLHF rows")
     parser.add_argument("--pairs", type=int, default=96)
     parser.add_argument("--batches", default="1,8", help="batch sizes of the plain forward")
     parser.add_argument("--quick", action="store_true", help="16 pairs")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/scoring.json")
-    parser.add_argument("--workers", type=int, default=-1, help=argparse.SUPPRESS)  # 0: the plain forward
+    parser.add_argument(
+        "--workers", type=int, default=-1, help=argparse.SUPPRESS
+    )  # 0: the plain forward
     parser.add_argument("--batch", type=int, default=8, help=argparse.SUPPRESS)
     parser.add_argument("--result", help=argparse.SUPPRESS)
     a = parser.parse_args()
@@ -116,7 +147,9 @@ def main() -> None:
     common = ["--model", a.model, "--data", a.data, "--pairs", str(16 if a.quick else a.pairs)]
     runs: dict[str, dict[str, Any]] = {}
     for batch in a.batches.split(","):
-        runs[f"plain, batches of {batch}"] = isolated("benchmarks.scoring", [*common, "--workers", "0", "--batch", batch], 1)
+        runs[f"plain, batches of {batch}"] = isolated(
+            "benchmarks.scoring", [*common, "--workers", "0", "--batch", batch], 1
+        )
     for workers in (1, 2):
         runs[f"ours, {workers} worker{'s' * (workers > 1)}"] = isolated(
             "benchmarks.scoring", [*common, "--workers", str(workers)], 1
@@ -129,9 +162,15 @@ def main() -> None:
             "": name,
             "responses/s": run["per_second"],
             "to plain": run["per_second"] / best,
-            "to 1 worker": run["per_second"] / runs["ours, 1 worker"]["per_second"] if name.startswith("ours") else "",
+            "to 1 worker": run["per_second"] / runs["ours, 1 worker"]["per_second"]
+            if name.startswith("ours")
+            else "",
             "start-up s": run["start"],
-            "differs by": max(abs(x / y - 1) for k, v in values[name].items() for x, y in zip(v, truth[k], strict=True)),
+            "differs by": max(
+                abs(x / y - 1)
+                for k, v in values[name].items()
+                for x, y in zip(v, truth[k], strict=True)
+            ),
         }
         for name, run in runs.items()
     ]

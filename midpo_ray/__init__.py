@@ -27,7 +27,9 @@ def run(config: Config, address: str | None = None, **options: Any) -> RunResult
     return run_pipeline(config, address, **options)
 
 
-def load_routed(path: str, device: str | None = None, dtype: str | torch.dtype | None = None) -> RoutedCausalLM:
+def load_routed(
+    path: str, device: str | None = None, dtype: str | torch.dtype | None = None
+) -> RoutedCausalLM:
     """The aligned model of a run directory; see ``midpo_ray.models.assembly.load_routed``."""
     from .models.assembly import load_routed as load
 

@@ -34,7 +34,9 @@ class Model(Section):
     path: str  # hub name, local folder, or builtin:miniature
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
-    attention: Literal["auto", "sdpa", "eager", "flex_attention"] = "auto"  # auto: sdpa on CPU, flex_attention on CUDA
+    attention: Literal["auto", "sdpa", "eager", "flex_attention"] = (
+        "auto"  # auto: sdpa on CPU, flex_attention on CUDA
+    )
     trust_remote_code: bool = False
 
 
@@ -42,26 +44,42 @@ class DataSet(Section):
     path: str  # hub name, file (JSONL, JSON, Parquet, CSV, each also .gz), or builtin:miniature
     split: str = "train"
     rows: int | None = Field(None, gt=0)  # take this many, drawn by seed
-    weight: float | None = Field(None, gt=0)  # or this share of the mixture: sets with a weight are drawn in proportion
-    labels: Literal["both", "better", "safer"] = "both"  # what chosen/rejected rows compare; safer says too which one is safe
+    weight: float | None = Field(
+        None, gt=0
+    )  # or this share of the mixture: sets with a weight are drawn in proportion
+    labels: Literal["both", "better", "safer"] = (
+        "both"  # what chosen/rejected rows compare; safer says too which one is safe
+    )
 
 
 class Data(Section):
     sets: tuple[DataSet, ...] = Field(min_length=1)
     template: str = "auto"  # auto: the tokenizer's chat template, else paper; chat; paper; or a text with {prompt}
-    null_context: Literal["template", "bos"] = "template"  # what stands before a response for its unconditional log-probability
+    null_context: Literal["template", "bos"] = (
+        "template"  # what stands before a response for its unconditional log-probability
+    )
     max_length: int = Field(512, gt=1)  # tokens of prompt and response together
-    max_prompt_length: int | None = Field(None, gt=0)  # default: half of max_length; the end of a longer prompt is kept
-    long_prompts: Literal["error", "truncate", "drop"] = "error"  # for prompts longer than max_length
+    max_prompt_length: int | None = Field(
+        None, gt=0
+    )  # default: half of max_length; the end of a longer prompt is kept
+    long_prompts: Literal["error", "truncate", "drop"] = (
+        "error"  # for prompts longer than max_length
+    )
     validation: float = Field(0.1, ge=0, lt=1)  # held-out share of the prompts
 
 
 class Scorer(Section):
     """One source of a reward (higher is better) or a cost (lower is safer, below 0 is safe)."""
 
-    model: str | None = None  # a PKU score model or an AutoModelForSequenceClassification with one output
-    column: str | None = None  # a column of the data with {i} for the response's number, for example "reward_{i}"
-    function: str | None = None  # module:function of (prompts, responses), lists of texts, that returns numbers
+    model: str | None = (
+        None  # a PKU score model or an AutoModelForSequenceClassification with one output
+    )
+    column: str | None = (
+        None  # a column of the data with {i} for the response's number, for example "reward_{i}"
+    )
+    function: str | None = (
+        None  # module:function of (prompts, responses), lists of texts, that returns numbers
+    )
     max_length: int = Field(2048, gt=1)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of a model; auto: as it is saved
     trust_remote_code: bool = False
@@ -76,7 +94,9 @@ class Scorer(Section):
 class Scores(Section):
     reward: Scorer | None = None
     cost: Scorer | None = None
-    workers: int | Literal["auto"] = "auto"  # auto: one for each GPU, or each CPU, of the cluster, at most 8 on CPUs
+    workers: int | Literal["auto"] = (
+        "auto"  # auto: one for each GPU, or each CPU, of the cluster, at most 8 on CPUs
+    )
     cpus_per_worker: float = Field(1, gt=0)
     gpus_per_worker: float = Field(0, ge=0)
     batch_tokens: int | Literal["auto"] = "auto"  # tokens of one forward pass
@@ -100,14 +120,20 @@ class Objective(Section):
     name: Literal["dpo", "spe_dpo", "b_dpo", "spe_b_dpo", "modpo"] = "spe_dpo"
     beta: float = Field(0.1, gt=0)
     margin_scale: float = Field(1.0, ge=0)  # lambda; 0 is DPO
-    margin_from: Literal["scores", "column"] = "scores"  # the scorer of the pair's own preference, or the data's margin column
-    margin_unit: Literal["raw", "std"] = "raw"  # std: divided by the scorer's standard deviation over the set
+    margin_from: Literal["scores", "column"] = (
+        "scores"  # the scorer of the pair's own preference, or the data's margin column
+    )
+    margin_unit: Literal["raw", "std"] = (
+        "raw"  # std: divided by the scorer's standard deviation over the set
+    )
     temperature: float = Field(1.0, gt=0)  # tau; .inf is DPO
     information: Literal["token", "total"] = "token"  # mutual information per token or in total
     balance: bool = True  # B-DPO's weights; off leaves the scaling alone (an ablation)
     scaling: Literal["none", "gradient_norm", "imbalance"] = "gradient_norm"
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    modpo_weight: float = Field(0.5, gt=0, le=1)  # share of the preference that the pairs are labelled for
+    modpo_weight: float = Field(
+        0.5, gt=0, le=1
+    )  # share of the preference that the pairs are labelled for
 
     @property
     def uses_margin(self) -> bool:
@@ -120,7 +146,10 @@ class Objective(Section):
 
 class Optim(Section):
     lr: float = Field(1e-5, gt=0)
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.999,
+    )
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -128,10 +157,14 @@ class Optim(Section):
     epochs: float = Field(3.0, gt=0)
     steps: int | None = Field(None, gt=0)  # instead of epochs
     batch_size: int = Field(16, gt=0)  # pairs of one optimizer step, all workers together
-    batch_tokens: int = Field(4096, gt=0)  # tokens of one forward pass on one worker: a batch is split to fit
+    batch_tokens: int = Field(
+        4096, gt=0
+    )  # tokens of one forward pass on one worker: a batch is split to fit
     clip: float | None = Field(1.0, gt=0)  # bound on the gradient's l2 norm
     gradient_checkpointing: bool = False
-    layout: Literal["tree", "packed", "padded"] = "tree"  # one row a pair; all pairs in one row; one row a response
+    layout: Literal["tree", "packed", "padded"] = (
+        "tree"  # one row a pair; all pairs in one row; one row a response
+    )
 
 
 class Workers(Section):
@@ -172,7 +205,9 @@ class Group(Section):
 
 
 class Expert(Section):
-    pairs: Literal["own", "mixed", "dual"] = "own"  # one adapter for both goals: both preferences' pairs, or the router's
+    pairs: Literal["own", "mixed", "dual"] = (
+        "own"  # one adapter for both goals: both preferences' pairs, or the router's
+    )
     objective: Objective = Objective()
     optim: Optim = Optim()
     group: Group = Group()
@@ -187,7 +222,9 @@ class Router(Section):
     gate: Literal["linear", "bottleneck", "mlp"] = "linear"
     width: int | None = Field(None, gt=0)  # of the bottleneck (512) or the mlp (16)
     scope: Literal["last", "token"] = "last"
-    rule: Literal["pareto", "pareto_labels", "labels", "ranked"] = "pareto"  # which pairs are dual data
+    rule: Literal["pareto", "pareto_labels", "labels", "ranked"] = (
+        "pareto"  # which pairs are dual data
+    )
     prior: float = Field(0.01, ge=0)  # rho; the paper's code has 1
     beta: float = Field(0.1, gt=0)
     optim: Optim = Optim()
@@ -199,9 +236,13 @@ class RewardModel(Section):
 
     model: Model | None = None  # what they grow from; default: the recipe's model
     data: Data | None = None  # default: the recipe's data
-    train: Literal["lora", "full"] = "lora"  # the score head, and a LoRA (merged when saved) or every parameter
+    train: Literal["lora", "full"] = (
+        "lora"  # the score head, and a LoRA (merged when saved) or every parameter
+    )
     lora: Lora = Lora()
-    layers: int | None = Field(None, gt=0)  # only the last so many decoder layers get the LoRA; no gradient goes below them
+    layers: int | None = Field(
+        None, gt=0
+    )  # only the last so many decoder layers get the LoRA; no gradient goes below them
     optim: Optim = Optim()
     group: Group = Group()
 
@@ -228,7 +269,9 @@ class Logging(Section):
 
 
 class Cluster(Section):
-    resources_timeout: float = Field(0, ge=0)  # seconds to wait for a group's resources; 0: fail at once
+    resources_timeout: float = Field(
+        0, ge=0
+    )  # seconds to wait for a group's resources; 0: fail at once
     max_failures: int = Field(3, ge=0)  # restarts of a stage after a worker or node died
     stall_timeout: float = Field(1800, gt=0)  # seconds without a step before a stage counts as hung
 
@@ -241,7 +284,9 @@ class Evaluate(Section):
 class Config(Section):
     name: str
     seed: int = Field(0, ge=0)
-    training_seed: int | None = Field(None, ge=0)  # of adapters, gates and the order of batches alone; default: seed
+    training_seed: int | None = Field(
+        None, ge=0
+    )  # of adapters, gates and the order of batches alone; default: seed
     model: Model
     data: Data
     scores: Scores = Scores()
@@ -253,8 +298,12 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()
     cluster: Cluster = Cluster()
-    evaluate: Evaluate | None = None  # the table of a world whose true scores are known (builtin:miniature)
-    cache: str | None = None  # where scores are kept across runs; default: the folder "cache" beside the run directory
+    evaluate: Evaluate | None = (
+        None  # the table of a world whose true scores are known (builtin:miniature)
+    )
+    cache: str | None = (
+        None  # where scores are kept across runs; default: the folder "cache" beside the run directory
+    )
 
     @model_validator(mode="after")
     def _signals(self) -> Config:
@@ -268,16 +317,26 @@ class Config(Section):
                     f"experts.{name}.pairs is {expert.pairs}, and the scores of {objective.name} are of one preference: "
                     "use dpo or b_dpo"
                 )
-            need = own if scored else other if objective.name == "modpo" and objective.modpo_weight < 1 else None
+            need = (
+                own
+                if scored
+                else other
+                if objective.name == "modpo" and objective.modpo_weight < 1
+                else None
+            )
             if need and getattr(self.scores, need) is None:
                 raise ValueError(
                     f"experts.{name}.objective.name is {objective.name}, which needs scores.{need}: name a scorer there, "
                     "or use dpo or b_dpo"
                 )
         if self.router.rule == "pareto" and None in (self.scores.reward, self.scores.cost):
-            raise ValueError("router.rule is pareto, which needs scores.reward and scores.cost: use pareto_labels or labels")
+            raise ValueError(
+                "router.rule is pareto, which needs scores.reward and scores.cost: use pareto_labels or labels"
+            )
         if self.router.rule == "ranked" and self.scores.cost is None:
-            raise ValueError("router.rule is ranked, which needs scores.cost: use pareto_labels or labels")
+            raise ValueError(
+                "router.rule is ranked, which needs scores.cost: use pareto_labels or labels"
+            )
         return self
 
     @property
@@ -305,7 +364,11 @@ def shipped_studies() -> list[str]:
 
 
 def _shipped(package: str) -> list[str]:
-    return sorted(p.name.removesuffix(".yaml") for p in resources.files(package).iterdir() if p.name.endswith(".yaml"))
+    return sorted(
+        p.name.removesuffix(".yaml")
+        for p in resources.files(package).iterdir()
+        if p.name.endswith(".yaml")
+    )
 
 
 def read_mapping(source: Any, where: str) -> dict[str, Any]:
@@ -317,7 +380,9 @@ def read_mapping(source: Any, where: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{where}: a mapping of keys is expected, this is {'empty' if raw is None else type(raw).__name__}")
+        raise UserError(
+            f"{where}: a mapping of keys is expected, this is {'empty' if raw is None else type(raw).__name__}"
+        )
     return raw
 
 
@@ -377,7 +442,11 @@ def _override(raw: dict[str, Any], override: str) -> None:
     node: Any = raw
     *parents, last = key.split(".")
     for part in parents:
-        step = int(part) if isinstance(node, list) and part.isdigit() and int(part) < len(node) else part
+        step = (
+            int(part)
+            if isinstance(node, list) and part.isdigit() and int(part) < len(node)
+            else part
+        )
         if isinstance(node, dict) and node.get(part) is None:
             node[part] = {}
         try:
@@ -396,7 +465,11 @@ def explain(error: ValidationError, root: type[BaseModel] = Config) -> str:
     """The first fault of a ``root`` in one line: its path, what is wrong, what is allowed, and the nearest known key."""
     # Of a union's alternatives, the one that was meant: the deepest, and not one that wants another type altogether.
     first = max(error.errors(), key=lambda e: (len(e["loc"]), not e["type"].endswith("_type")))
-    key = ".".join(str(p) for p in first["loc"] if not (isinstance(p, str) and ("[" in p or p in ("int", "Workers"))))
+    key = ".".join(
+        str(p)
+        for p in first["loc"]
+        if not (isinstance(p, str) and ("[" in p or p in ("int", "Workers")))
+    )
     if first["type"] == "extra_forbidden":
         known = _known_keys(root, first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
@@ -407,7 +480,9 @@ def explain(error: ValidationError, root: type[BaseModel] = Config) -> str:
         return f"key {key} is missing"
     if not key:
         return message
-    given = f", this is {first['input']!r}" if not isinstance(first["input"], dict | BaseModel) else ""
+    given = (
+        f", this is {first['input']!r}" if not isinstance(first["input"], dict | BaseModel) else ""
+    )
     return f"key {key}: {message[0].lower()}{message[1:]}{given}"
 
 
@@ -419,5 +494,8 @@ def _known_keys(root: type[BaseModel], path: tuple[int | str, ...]) -> list[str]
         section = section.model_fields[part].annotation
         while not (isinstance(section, type) and issubclass(section, BaseModel)):
             inner = [a for a in get_args(section) if a is not type(None) and a is not Ellipsis]
-            section = next((a for a in inner if isinstance(a, type) and issubclass(a, BaseModel)), inner[0] if inner else Config)
+            section = next(
+                (a for a in inner if isinstance(a, type) and issubclass(a, BaseModel)),
+                inner[0] if inner else Config,
+            )
     return list(section.model_fields)

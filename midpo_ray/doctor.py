@@ -41,9 +41,13 @@ def _machine() -> list[str]:
     free = shutil.disk_usage(".").free / 2**30
     lines.append(f"{'! only ' if free < 5 else ''}{free:.0f} GiB free in this folder")
     shared = shutil.disk_usage("/dev/shm").free / 2**30 if os.path.isdir("/dev/shm") else 0
-    lines.append(f"{'! only ' if shared < 1 else ''}{shared:.1f} GiB free in /dev/shm (Ray's object store)")
+    lines.append(
+        f"{'! only ' if shared < 1 else ''}{shared:.1f} GiB free in /dev/shm (Ray's object store)"
+    )
     if os.environ.get("HF_HUB_OFFLINE") == "1":
-        lines.append("HF_HUB_OFFLINE=1: models and data come from local folders or the hub's cache alone")
+        lines.append(
+            "HF_HUB_OFFLINE=1: models and data come from local folders or the hub's cache alone"
+        )
     return lines
 
 
@@ -59,7 +63,11 @@ def _cluster(address: str | None) -> list[str]:
         found = cluster.nodes()
         lines = [f"cluster ({address or 'local'}): {len(found)} node(s)"]
         for node in found:
-            kinds = {k: v for k, v in node.resources.items() if not k.startswith(("node:", "object_store", "memory"))}
+            kinds = {
+                k: v
+                for k, v in node.resources.items()
+                if not k.startswith(("node:", "object_store", "memory"))
+            }
             lines.append(
                 f"  {', '.join(f'{v:g} {k}' for k, v in sorted(kinds.items()))}{' ' + str(node.labels) if node.labels else ''}"
             )

@@ -88,7 +88,9 @@ class Jobs:
     def of(self, run: str) -> Any:
         """The newest job of a run."""
         jobs = self.all()
-        mine = [j for j in jobs if run in (j.submission_id, j.metadata["midpo"], j.metadata["name"])]
+        mine = [
+            j for j in jobs if run in (j.submission_id, j.metadata["midpo"], j.metadata["name"])
+        ]
         if not mine:
             known = ", ".join(dict.fromkeys(j.metadata["name"] for j in jobs)) or "none"
             raise UserError(f"{run}: no such run on this cluster; there are: {known}")
@@ -106,7 +108,9 @@ class Jobs:
         if live:
             job = live[-1]
             if job.metadata["digest"] != content:
-                raise UserError(f"{job.submission_id} runs with another configuration: stop it first, or give another --name")
+                raise UserError(
+                    f"{job.submission_id} runs with another configuration: stop it first, or give another --name"
+                )
             say(f"{job.submission_id} is running already: attached")
             return job.submission_id
         with tempfile.TemporaryDirectory() as folder, self._told():
@@ -114,7 +118,10 @@ class Jobs:
             job_id = self.api.submit_job(
                 entrypoint=f"midpo run run.yaml --address auto --run-dir {shlex.quote(run_dir)}",
                 submission_id=f"{run}-{len(mine) + 1}",  # Ray takes an id once; a run that goes on gets the next number
-                runtime_env={"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}},
+                runtime_env={
+                    "working_dir": folder,
+                    "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
+                },
                 metadata={"midpo": run, "name": name, "run_dir": run_dir, "digest": content},
             )
         say(f"{job_id}: submitted, run directory {run_dir}")
@@ -123,8 +130,12 @@ class Jobs:
     def status(self, run: str | None, say: Say) -> None:
         for job in [self.of(run)] if run else self.all():
             started = time.strftime("%Y-%m-%d %H:%M", time.localtime((job.start_time or 0) / 1000))
-            why = f", {' '.join((job.message or '').split())[:120]}" if job.status == "FAILED" else ""
-            say(f"{job.submission_id}: {job.status.lower()}, started {started}, run directory {job.metadata['run_dir']}{why}")
+            why = (
+                f", {' '.join((job.message or '').split())[:120]}" if job.status == "FAILED" else ""
+            )
+            say(
+                f"{job.submission_id}: {job.status.lower()}, started {started}, run directory {job.metadata['run_dir']}{why}"
+            )
 
     def logs(self, run: str, follow: bool, say: Say) -> None:
         """What the job said; with ``follow`` until it ends, and then an error where it failed."""
@@ -143,7 +154,9 @@ class Jobs:
                 break
             time.sleep(1.0)
         if state != "SUCCEEDED":
-            raise UserError(f"{job_id}: {state.lower()}; the same submit goes on from what is finished")
+            raise UserError(
+                f"{job_id}: {state.lower()}; the same submit goes on from what is finished"
+            )
 
     def stop(self, run: str, say: Say) -> None:
         """Tell the job to stop: it writes a checkpoint first, and is killed after ``STOP_SECONDS``."""
@@ -151,7 +164,9 @@ class Jobs:
         with self._told():
             self.api.stop_job(job_id)
             deadline = time.monotonic() + STOP_SECONDS + 10
-            while (state := self.api.get_job_status(job_id)) not in DONE and time.monotonic() < deadline:
+            while (
+                state := self.api.get_job_status(job_id)
+            ) not in DONE and time.monotonic() < deadline:
                 time.sleep(0.5)
         say(f"{job_id}: {state.lower()}; the same submit goes on from what is finished")
 
@@ -163,7 +178,9 @@ def reach(cluster: str | None, address: str | None) -> Iterator[str]:
         raise UserError("one of --cluster FILE and --address URL is expected")
     if address is not None:
         if not re.match(r"https?://[^/]+", address):
-            raise UserError(f"--address {address}: http://HOST:PORT is expected, 8265 is the usual port")
+            raise UserError(
+                f"--address {address}: http://HOST:PORT is expected, 8265 is the usual port"
+            )
         yield address.rstrip("/")
         return
     assert cluster is not None
@@ -172,16 +189,30 @@ def reach(cluster: str | None, address: str | None) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "ray.scripts.scripts", "dashboard", cluster, "--port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "dashboard",
+        cluster,
+        "--port",
+        str(port),
+    ]
     with tempfile.TemporaryFile() as log:
-        tunnel = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        tunnel = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
         try:
             deadline = time.monotonic() + 60
             while not _listens(port):
                 if tunnel.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
-                    last = [s for s in log.read().decode(errors="replace").splitlines() if s.strip()][-1:] or ["no answer"]
-                    raise UserError(f"--cluster {cluster}: its head is not reached by SSH; is it up? ({last[0].strip()[:200]})")
+                    last = [
+                        s for s in log.read().decode(errors="replace").splitlines() if s.strip()
+                    ][-1:] or ["no answer"]
+                    raise UserError(
+                        f"--cluster {cluster}: its head is not reached by SSH; is it up? ({last[0].strip()[:200]})"
+                    )
                 time.sleep(0.2)
             yield f"http://127.0.0.1:{port}"
         finally:
@@ -196,7 +227,9 @@ def _listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def load(recipe: str, overrides: list[str], name: str | None, run_dir: str | None) -> tuple[Config, str, str]:
+def load(
+    recipe: str, overrides: list[str], name: str | None, run_dir: str | None
+) -> tuple[Config, str, str]:
     """(configuration, the run's name, its directory), all that can be refused before anything is asked of a cluster."""
     config = load_config(recipe, overrides)
     name = name or config.name
@@ -208,7 +241,9 @@ def load(recipe: str, overrides: list[str], name: str | None, run_dir: str | Non
         raise UserError(f"--name {name}: letters, digits, dot, dash and underscore are expected")
     for key, path in {"--run-dir": run_dir, **paths(config)}.items():
         if why := unseen(path, run_dir, result=key in ("--run-dir", "cache")):
-            raise UserError(f"{key} {path}: {why}; name a path on storage that every node reaches, such as {SHARED}/...")
+            raise UserError(
+                f"{key} {path}: {why}; name a path on storage that every node reaches, such as {SHARED}/..."
+            )
     return config, name, run_dir
 
 
@@ -228,10 +263,22 @@ def unseen(path: str, run_dir: str, *, result: bool = False) -> str | None:
         return None
     place = Path(path.removeprefix("file://")).expanduser()
     if not place.is_absolute():
-        hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path) and not re.search(r"\.(jsonl?|parquet|csv)(\.gz)?$", path)
-        return None if hub and not result and not place.exists() else "is relative to a folder of this machine"
-    shared = Path(*Path(run_dir.removeprefix("file://")).parts[:3])  # /mnt/midpo of /mnt/midpo/runs/NAME
-    own = [p for p in (Path.home(), Path(tempfile.gettempdir()), Path("/tmp"), Path("/var/tmp")) if p != Path("/")]
+        hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path) and not re.search(
+            r"\.(jsonl?|parquet|csv)(\.gz)?$", path
+        )
+        return (
+            None
+            if hub and not result and not place.exists()
+            else "is relative to a folder of this machine"
+        )
+    shared = Path(
+        *Path(run_dir.removeprefix("file://")).parts[:3]
+    )  # /mnt/midpo of /mnt/midpo/runs/NAME
+    own = [
+        p
+        for p in (Path.home(), Path(tempfile.gettempdir()), Path("/tmp"), Path("/var/tmp"))
+        if p != Path("/")
+    ]
     if any(place.is_relative_to(p) for p in own):
         return "lies in this machine's own folders"
     if not result and place.is_relative_to(shared):
@@ -250,7 +297,11 @@ def package(config: Config, folder: Path) -> None:
     """The recipe, resolved, and the scorers' modules that lie here."""
     (folder / "run.yaml").write_text(dump(config), "utf-8")
     for scorer in (config.scores.reward, config.scores.cost):
-        if scorer and scorer.function and (module := Path(scorer.function.partition(":")[0] + ".py")).is_file():
+        if (
+            scorer
+            and scorer.function
+            and (module := Path(scorer.function.partition(":")[0] + ".py")).is_file()
+        ):
             shutil.copy(module, folder)
 
 
@@ -275,7 +326,9 @@ def _fetch(target: Path, bring: Callable[[str], None], say: Say) -> None:
     for stage in (s for s in KEPT if s in stages):
         for name, sha in stages[stage]["files"].items():
             if not there.exists(name) or there.sha256(name) != sha:
-                raise UserError(f"{target}/{name}: is not the file that the run wrote: fetch it again")
+                raise UserError(
+                    f"{target}/{name}: is not the file that the run wrote: fetch it again"
+                )
     missing = [s for s in ("safety", "helpfulness", "router") if s not in stages]
     say(f"{target}: fetched" + (f"; not finished yet: {', '.join(missing)}" if missing else ""))
 
@@ -303,7 +356,9 @@ def _bring(cluster: str, run_dir: str, name: str, target: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         last = (done.stdout + done.stderr).strip().splitlines()[-1:] or [""]
-        raise UserError(f"--cluster {cluster}: {run_dir}/{name} cannot be fetched ({last[0][:200]})")
+        raise UserError(
+            f"--cluster {cluster}: {run_dir}/{name} cannot be fetched ({last[0][:200]})"
+        )
 
 
 def token_path() -> Path:
@@ -333,6 +388,8 @@ def open_to_all(url: str) -> bool:
     import requests
 
     try:
-        return requests.get(f"{url}/api/jobs/", timeout=10, allow_redirects=False).status_code == 200
+        return (
+            requests.get(f"{url}/api/jobs/", timeout=10, allow_redirects=False).status_code == 200
+        )
     except requests.exceptions.RequestException as error:
         raise UserError(f"{url}: no job API answers there ({type(error).__name__})") from None

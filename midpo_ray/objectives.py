@@ -62,7 +62,9 @@ def preference_loss(
     return loss if scale is None else scale * loss
 
 
-def homogeneous_margin(chosen_score: Tensor, rejected_score: Tensor, *, lower_is_better: bool = False) -> Tensor:
+def homogeneous_margin(
+    chosen_score: Tensor, rejected_score: Tensor, *, lower_is_better: bool = False
+) -> Tensor:
     """SPE-DPO's margin, [B], >= 0: how much better the pair's own reward model finds the chosen response.
 
     The scores come from the model of the same preference that the pair is labelled for: the helpfulness reward, or the safety
@@ -73,7 +75,9 @@ def homogeneous_margin(chosen_score: Tensor, rejected_score: Tensor, *, lower_is
     return difference.clamp_min(0.0)
 
 
-def modpo_margin(chosen_score: Tensor, rejected_score: Tensor, *, weight: float) -> tuple[float, Tensor]:
+def modpo_margin(
+    chosen_score: Tensor, rejected_score: Tensor, *, weight: float
+) -> tuple[float, Tensor]:
     """MODPO's (factor on both log-ratios, margin [B]); arXiv 2310.03708, eq. 12.
 
     ``weight`` k in (0, 1] is the share of the preference that the pairs are labelled for; the scores are the *other* objective's
@@ -84,7 +88,9 @@ def modpo_margin(chosen_score: Tensor, rejected_score: Tensor, *, weight: float)
     return 1.0 / weight, (1.0 - weight) / weight * (chosen_score - rejected_score)
 
 
-def pointwise_mutual_information(conditional_logp: Tensor, unconditional_logp: Tensor, length: Tensor | None = None) -> Tensor:
+def pointwise_mutual_information(
+    conditional_logp: Tensor, unconditional_logp: Tensor, length: Tensor | None = None
+) -> Tensor:
     """Pointwise mutual information between prompt and response under the reference, [B] (B-DPO, arXiv 2603.22829).
 
     Nats per token where ``length`` ([B], the response's tokens) is given, total nats where it is not (the choice is ours).
@@ -94,7 +100,9 @@ def pointwise_mutual_information(conditional_logp: Tensor, unconditional_logp: T
     return information if length is None else information / length
 
 
-def balance_weights(information_chosen: Tensor, information_rejected: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
+def balance_weights(
+    information_chosen: Tensor, information_rejected: Tensor, *, temperature: float
+) -> tuple[Tensor, Tensor]:
     """B-DPO's (w_chosen, w_rejected), each [B], summing to 2: the better-understood response is optimised less.
 
     2 softmax(-I/temperature) over the two responses (arXiv 2603.22829); an infinite temperature gives (1, 1), that is DPO.
@@ -119,7 +127,9 @@ def gradient_scale(w_chosen: Tensor, w_rejected: Tensor, *, rule: str) -> Tensor
         return torch.sqrt(2.0 / (w_chosen**2 + w_rejected**2))
     if rule == "imbalance":
         return torch.minimum(w_chosen, w_rejected) / torch.maximum(w_chosen, w_rejected)
-    raise ValueError(f"gradient_scale: rule is {rule!r}, allowed are 'none', 'gradient_norm', 'imbalance'")
+    raise ValueError(
+        f"gradient_scale: rule is {rule!r}, allowed are 'none', 'gradient_norm', 'imbalance'"
+    )
 
 
 def bradley_terry_loss(chosen_score: Tensor, rejected_score: Tensor) -> Tensor:
@@ -130,7 +140,9 @@ def bradley_terry_loss(chosen_score: Tensor, rejected_score: Tensor) -> Tensor:
     return -F.logsigmoid(chosen_score - rejected_score)
 
 
-def cost_loss(safer_cost: Tensor, other_cost: Tensor, safer_sign: Tensor, other_sign: Tensor) -> Tensor:
+def cost_loss(
+    safer_cost: Tensor, other_cost: Tensor, safer_sign: Tensor, other_sign: Tensor
+) -> Tensor:
     """A cost model's loss of each pair, [B]: Bradley-Terry, and the sign of each cost (Safe RLHF, arXiv 2310.12773, eq. 5 to 7).
 
     Args:
@@ -139,7 +151,10 @@ def cost_loss(safer_cost: Tensor, other_cost: Tensor, safer_sign: Tensor, other_
             nobody said: no term (ours).
     """
     order = bradley_terry_loss(other_cost, safer_cost)
-    of_safer, of_other = -F.logsigmoid(safer_sign * safer_cost), -F.logsigmoid(other_sign * other_cost)
+    of_safer, of_other = (
+        -F.logsigmoid(safer_sign * safer_cost),
+        -F.logsigmoid(other_sign * other_cost),
+    )
     return order + safer_sign.abs() * of_safer + other_sign.abs() * of_other
 
 

@@ -29,10 +29,14 @@ _AWAY = {
     errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EPIPE,
     errno.EHOSTUNREACH, errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EREMOTEIO, errno.EAGAIN, errno.EINTR,
 }  # fmt: skip
-_AWAY_TEXT = re.compile(r"NETWORK_CONNECTION|SLOW_DOWN|UNAVAILABLE|INTERNAL_FAILURE|TIMEOUT|DEADLINE|AWS Error UNKNOWN|curlCode")
+_AWAY_TEXT = re.compile(
+    r"NETWORK_CONNECTION|SLOW_DOWN|UNAVAILABLE|INTERNAL_FAILURE|TIMEOUT|DEADLINE|AWS Error UNKNOWN|curlCode"
+)
 
 
-def _patiently(method: Callable[Concatenate[Storage, P], T]) -> Callable[Concatenate[Storage, P], T]:
+def _patiently(
+    method: Callable[Concatenate[Storage, P], T],
+) -> Callable[Concatenate[Storage, P], T]:
     """Try again, up to ``PATIENCE`` seconds, while the storage is out of reach."""
 
     @functools.wraps(method)
@@ -43,7 +47,9 @@ def _patiently(method: Callable[Concatenate[Storage, P], T]) -> Callable[Concate
                 return method(self, *args, **kwargs)
             except (OSError, UserError) as error:
                 cause = error.__cause__ if isinstance(error, UserError) else error
-                away = isinstance(cause, OSError) and (cause.errno in _AWAY or _AWAY_TEXT.search(str(cause)))
+                away = isinstance(cause, OSError) and (
+                    cause.errno in _AWAY or _AWAY_TEXT.search(str(cause))
+                )
                 if not away or time.monotonic() + pause > deadline:
                     raise
             time.sleep(pause)
@@ -78,7 +84,9 @@ class Storage:
         path, options = self._parts()
         parent = path.rsplit("/", 1)[0]
         if parent.endswith(":/"):
-            raise UserError(f"{self.uri}: a folder in it is expected, for example {path}/runs/NAME, or set cache")
+            raise UserError(
+                f"{self.uri}: a folder in it is expected, for example {path}/runs/NAME, or set cache"
+            )
         return Storage(f"{parent}/{name}{options}")
 
     def _parts(self) -> tuple[str, str]:
@@ -112,7 +120,9 @@ class Storage:
         """All files at any depth, as names relative to the storage, sorted."""
         selector = pafs.FileSelector(self.path(name), allow_not_found=True, recursive=True)
         infos = self.fs.get_file_info(selector)
-        return sorted(info.path[len(self.root) + 1 :] for info in infos if info.type == pafs.FileType.File)
+        return sorted(
+            info.path[len(self.root) + 1 :] for info in infos if info.type == pafs.FileType.File
+        )
 
     @_patiently
     def read(self, name: str) -> bytes:
@@ -175,7 +185,12 @@ class Storage:
             if self.local:
                 os.rename(self.path(old), self.path(new))
             else:
-                pafs.copy_files(self.path(old), self.path(new), source_filesystem=self.fs, destination_filesystem=self.fs)
+                pafs.copy_files(
+                    self.path(old),
+                    self.path(new),
+                    source_filesystem=self.fs,
+                    destination_filesystem=self.fs,
+                )
                 self.delete(old)
 
     @_patiently
@@ -218,5 +233,9 @@ def _told(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = {errno.ENOSPC: "no space is left", errno.EACCES: "no permission to write", errno.EROFS: "read-only"}
+        what = {
+            errno.ENOSPC: "no space is left",
+            errno.EACCES: "no permission to write",
+            errno.EROFS: "read-only",
+        }
         raise UserError(f"{path}: {what.get(error.errno or 0, str(error))}") from error

@@ -63,7 +63,9 @@ class Page:
     async def _ask(self, method: str, params: dict[str, Any]) -> Any:
         self._count += 1
         future = self._answers[self._count] = self._loop.create_future()
-        await self._socket.send_str(json.dumps({"id": self._count, "method": method, "params": params}))
+        await self._socket.send_str(
+            json.dumps({"id": self._count, "method": method, "params": params})
+        )
         return await future
 
     def send(self, method: str, **params: Any) -> dict[str, Any]:
@@ -75,11 +77,15 @@ class Page:
         """Load a file, and wait until its script has set data-ready."""
         self.send("Page.navigate", url=file.resolve().as_uri())
         ready = "document.documentElement?.dataset.ready"
-        self.run(f"new Promise(done => {{ const look = () => {ready} ? done(1) : setTimeout(look, 20); look(); }})")
+        self.run(
+            f"new Promise(done => {{ const look = () => {ready} ? done(1) : setTimeout(look, 20); look(); }})"
+        )
 
     def run(self, script: str) -> Any:
         """The value of an expression; a promise is waited for."""
-        said = self.send("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        said = self.send(
+            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
+        )
         assert "exceptionDetails" not in said, said
         return said["result"].get("value")
 
@@ -96,12 +102,16 @@ class Page:
 def page(program: str, size: tuple[int, int] = (1400, 900)) -> Iterator[Page]:
     """A new page of a browser of its own, which ends with it."""
     with tempfile.TemporaryDirectory() as home:
-        options = (
-            "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --disable-background-networking"
-        )
-        own = ["--remote-debugging-port=0", f"--user-data-dir={home}", f"--window-size={size[0]},{size[1]}"]
+        options = "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --disable-background-networking"
+        own = [
+            "--remote-debugging-port=0",
+            f"--user-data-dir={home}",
+            f"--window-size={size[0]},{size[1]}",
+        ]
         words = [program, *options.split(), *own, "about:blank"]
-        process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        process = subprocess.Popen(
+            words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
         try:
             assert process.stderr is not None
             line = next((line for line in process.stderr if "DevTools listening" in line), None)
@@ -122,4 +132,8 @@ def _address(port: int) -> str:
     import urllib.request
 
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=30) as reply:
-        return next(target["webSocketDebuggerUrl"] for target in json.load(reply) if target["type"] == "page")
+        return next(
+            target["webSocketDebuggerUrl"]
+            for target in json.load(reply)
+            if target["type"] == "page"
+        )

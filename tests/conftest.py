@@ -21,12 +21,22 @@ SPECIAL = ("<pad>", "<s>", "</s>")  # ids 0, 1, 2; byte tokens follow
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-LONGEST = ("test_run.py", "test_tuning.py", "test_bad_input.py", "test_real.py", "test_watch.py")  # minutes each
+LONGEST = (
+    "test_run.py",
+    "test_tuning.py",
+    "test_bad_input.py",
+    "test_real.py",
+    "test_watch.py",
+)  # minutes each
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where files run side by side, the longest begin first, so that none is left alone at the end."""
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    items.sort(
+        key=lambda item: (
+            LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
+        )
+    )
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +44,9 @@ def shared() -> Path:
     """The folder of real data and models (environment variable MIDPO_SHARED, default ../shared beside the repository)."""
     folder = Path(os.environ.get("MIDPO_SHARED", REPOSITORY / ".." / "shared")).resolve()
     if not (folder / "data").is_dir():
-        pytest.skip(f"no real data: {folder}/data is not there (MIDPO_SHARED names the folder that holds it)")
+        pytest.skip(
+            f"no real data: {folder}/data is not there (MIDPO_SHARED names the folder that holds it)"
+        )
     return folder
 
 
@@ -46,9 +58,15 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
-    core.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
     )
 
 

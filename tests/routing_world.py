@@ -13,7 +13,9 @@ from midpo_ray.models.assembly import route
 DATA = Data(sets=(DataSet(path="none"),), template="paper")
 
 
-def make_adapter(base: Path, folder: Path, seed: int, r: int = 4, alpha: float = 12, **keys) -> Path:
+def make_adapter(
+    base: Path, folder: Path, seed: int, r: int = 4, alpha: float = 12, **keys
+) -> Path:
     """A PEFT adapter as plain PEFT saves it, with both maps away from zero."""
     from peft import LoraConfig, get_peft_model
 
@@ -69,8 +71,15 @@ def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
 def padded(rows: list[torch.Tensor], side: str) -> dict[str, torch.Tensor]:
     """Rows of different lengths as a batch with mask and positions."""
     length = max(map(len, rows))
-    ids, mask = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length, dtype=torch.long)
+    ids, mask = (
+        torch.zeros(len(rows), length, dtype=torch.long),
+        torch.zeros(len(rows), length, dtype=torch.long),
+    )
     for i, row in enumerate(rows):
         where = slice(length - len(row), None) if side == "left" else slice(0, len(row))
         ids[i, where], mask[i, where] = row, 1
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(-1) - 1).clamp_min(0),
+    }

@@ -9,7 +9,23 @@ from typing import Any
 
 import yaml
 
-WORDS = ["take", "give", "hold", "move", "turn", "lift", "press", "mix", "cut", "join", "keep", "open", "close", "fill", "find"]
+WORDS = [
+    "take",
+    "give",
+    "hold",
+    "move",
+    "turn",
+    "lift",
+    "press",
+    "mix",
+    "cut",
+    "join",
+    "keep",
+    "open",
+    "close",
+    "fill",
+    "find",
+]
 
 
 def rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -51,11 +67,23 @@ def recipe(folder: Path, model: Path, data: Path, **changes: Any) -> Path:
     content: dict[str, Any] = {
         "name": "small",
         "model": {"path": str(model)},
-        "data": {"sets": [{"path": str(data)}], "template": "Q: {prompt} A:", "max_length": 96, "validation": 0.15},
-        "scores": {"reward": {"column": "reward_{i}"}, "cost": {"column": "cost_{i}"}, "workers": 1},
+        "data": {
+            "sets": [{"path": str(data)}],
+            "template": "Q: {prompt} A:",
+            "max_length": 96,
+            "validation": 0.15,
+        },
+        "scores": {
+            "reward": {"column": "reward_{i}"},
+            "cost": {"column": "cost_{i}"},
+            "workers": 1,
+        },
         "lora": {"r": 4, "alpha": 8},
         "experts": {
-            "safety": {"objective": {"name": "spe_dpo", "beta": 0.5, "margin_scale": 0.5}, "optim": optim},
+            "safety": {
+                "objective": {"name": "spe_dpo", "beta": 0.5, "margin_scale": 0.5},
+                "optim": optim,
+            },
             "helpfulness": {"objective": {"name": "b_dpo", "beta": 0.5}, "optim": optim},
         },
         "router": {"rule": "pareto", "optim": optim},

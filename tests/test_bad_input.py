@@ -37,7 +37,15 @@ class Bench:
 
 def midpo(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "midpo_ray.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, cwd=cwd, stdin=subprocess.DEVNULL)
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
@@ -102,36 +110,62 @@ def sets(*keys: str) -> Callable[[Bench], list[str]]:
 
 
 CASES: dict[str, tuple[Callable[[Bench], list[str]], list[str]]] = {
-    "unknown key": (sets("experts.safety.objective.bta=1"), ["experts.safety.objective.bta", "did you mean beta?"]),
+    "unknown key": (
+        sets("experts.safety.objective.bta=1"),
+        ["experts.safety.objective.bta", "did you mean beta?"],
+    ),
     "wrong type": (sets("experts.safety.optim.lr=fast"), ["experts.safety.optim.lr", "'fast'"]),
     "missing file": (spoil(lambda b: b.data.unlink()), ["pairs.jsonl"]),
     "empty file": (spoil(lambda b: b.data.write_text("")), ["pairs.jsonl", "empty"]),
     "malformed line": (
-        spoil(lambda b: b.data.write_text(json.dumps(GOOD[0]) + "\n" + json.dumps(GOOD[1]) + '\n{"prompt": \n')),
+        spoil(
+            lambda b: b.data.write_text(
+                json.dumps(GOOD[0]) + "\n" + json.dumps(GOOD[1]) + '\n{"prompt": \n'
+            )
+        ),
         ["pairs.jsonl:3"],
     ),
     "missing column": (spoil(lambda b: b.without("response_1")), ["response_1"]),
-    "label out of range": (spoil(lambda b: b.row(better_response_id=2)), ["pairs.jsonl:3", "better_response_id", "2", "0, 1"]),
-    "flag of the wrong type": (spoil(lambda b: b.row(is_response_0_safe="yes")), ["pairs.jsonl:3", "is_response_0_safe"]),
+    "label out of range": (
+        spoil(lambda b: b.row(better_response_id=2)),
+        ["pairs.jsonl:3", "better_response_id", "2", "0, 1"],
+    ),
+    "flag of the wrong type": (
+        spoil(lambda b: b.row(is_response_0_safe="yes")),
+        ["pairs.jsonl:3", "is_response_0_safe"],
+    ),
     "no row for a stage": (
-        spoil(lambda b: smallworld.write(b.data, [r for r in GOOD if r["is_response_0_safe"] == r["is_response_1_safe"]])),
+        spoil(
+            lambda b: smallworld.write(
+                b.data, [r for r in GOOD if r["is_response_0_safe"] == r["is_response_1_safe"]]
+            )
+        ),
         ["stage safety", "both safe"],
     ),
     "no such model": (sets("model.path=no/such-model"), ["no/such-model"]),
     "a folder that is no model": (not_a_model, ["empty"]),
     "tokenizer without EOS": (no_eos, ["EOS"]),
-    "unmatched target module": (sets("lora.target_modules=[down_porj]"), ["down_porj", "down_proj"]),
+    "unmatched target module": (
+        sets("lora.target_modules=[down_porj]"),
+        ["down_porj", "down_proj"],
+    ),
     "margin without scorer": (sets("scores.cost=null"), ["spe_dpo", "scores.cost"]),
     "a column that is no score": (text_as_cost, ["pairs.jsonl:1", "'note'", "number"]),
     "no such score column": (sets("scores.cost={column: 'cots_{i}'}"), ["pairs.jsonl:1", "cots_0"]),
     "no such function": (sets("scores.cost={function: 'no_module:cost'}"), ["no_module"]),
-    "a function that gives no numbers": (sets("scores.cost={function: 'builtins:zip'}"), ["builtins:zip", "list of numbers"]),
+    "a function that gives no numbers": (
+        sets("scores.cost={function: 'builtins:zip'}"),
+        ["builtins:zip", "list of numbers"],
+    ),
     "not UTF-8": (
         spoil(lambda b: b.data.write_bytes(b.data.read_bytes() + b'{"prompt": "\xff\xfe"}\n')),
         ["pairs.jsonl", "UTF-8"],
     ),
     "prompt too long": (spoil(long_prompt), ["pairs.jsonl:3", "max_length"]),
-    "response of no tokens": (spoil(lambda b: b.row(response_1="")), ["pairs.jsonl:3", "response_1"]),
+    "response of no tokens": (
+        spoil(lambda b: b.row(response_1="")),
+        ["pairs.jsonl:3", "response_1"],
+    ),
     "unknown stage": (sets("--until", "rooter"), ["rooter", "router"]),
     "run directory in a file": (lambda b: ["--run-dir", str(b.data / "run")], ["run"]),
 }
@@ -160,7 +194,10 @@ def test_inspect_names_the_row_in_a_compressed_file(tmp_path: Path) -> None:
 def test_a_group_that_the_cluster_cannot_hold(bench: Bench) -> None:
     wide = f"experts.helpfulness.group.workers={4 * (os.cpu_count() or 1)}"
     refused(
-        midpo("run", bench.recipe, wide, "--run-dir", bench.folder / "run"), "group of stage helpfulness", "CPU", "are needed"
+        midpo("run", bench.recipe, wide, "--run-dir", bench.folder / "run"),
+        "group of stage helpfulness",
+        "CPU",
+        "are needed",
     )
     assert (bench.folder / "run/run.yaml").exists()
 
@@ -169,7 +206,11 @@ def test_no_space_is_told_and_nothing_half_written(bench: Bench) -> None:
     """On a file system of 200 KB."""
     small = bench.folder / "small"
     small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", small], check=False, capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", small],
+        check=False,
+        capture_output=True,
+    )
     if mounted.returncode:
         pytest.skip("a small file system cannot be mounted here (root is needed)")
     try:
@@ -185,7 +226,9 @@ def adapter(folder: Path, base: Path, rank: int) -> Path:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=rank, target_modules=["down_proj"]))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=rank, target_modules=["down_proj"])
+    )
     model.save_pretrained(str(folder))
     return folder
 
@@ -212,7 +255,8 @@ def test_adapters_of_another_base_or_rank(tmp_path: Path, model: Path, tiny_mode
     adapter(folders[0], model, 4)
     tensors = load_file(folders[0] / "adapter_model.safetensors")
     save_file(
-        {k: torch.cat([v, v]) if "lora_A" in k else v for k, v in tensors.items()}, folders[0] / "adapter_model.safetensors"
+        {k: torch.cat([v, v]) if "lora_A" in k else v for k, v in tensors.items()},
+        folders[0] / "adapter_model.safetensors",
     )
     refused(midpo("generate", run, "--prompt", "how"), "experts/safety")
     refused(midpo("generate", tmp_path / "nowhere", "--prompt", "how"), "nowhere")

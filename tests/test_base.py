@@ -10,7 +10,14 @@ import torch
 
 from midpo_ray.config import Lora, Model
 from midpo_ray.errors import UserError
-from midpo_ray.models.base import add_lora, check_targets, load_adapter, load_base, load_tokenizer, model_fingerprint
+from midpo_ray.models.base import (
+    add_lora,
+    check_targets,
+    load_adapter,
+    load_base,
+    load_tokenizer,
+    model_fingerprint,
+)
 
 
 def test_loads_frozen_in_the_dtype(tiny_model_dir) -> None:
@@ -62,10 +69,18 @@ def test_a_tokenizer_without_eos(tiny_model_dir) -> None:
 
 def test_an_unmatched_target_module(tiny_llama, tiny_model_dir) -> None:
     lora = Lora(target_modules=("down_proj", "down_prj"))
-    for check in (lambda: add_lora(tiny_llama(), lora, 0), lambda: check_targets(Model(path=str(tiny_model_dir())), lora)):
-        with pytest.raises(UserError, match=r"'down_prj' matches no Linear .* down_proj, gate_proj"):
+    for check in (
+        lambda: add_lora(tiny_llama(), lora, 0),
+        lambda: check_targets(Model(path=str(tiny_model_dir())), lora),
+    ):
+        with pytest.raises(
+            UserError, match=r"'down_prj' matches no Linear .* down_proj, gate_proj"
+        ):
             check()
-    check_targets(Model(path=str(tiny_model_dir())), Lora(target_modules=("down_proj", "layers.1.mlp.up_proj")))
+    check_targets(
+        Model(path=str(tiny_model_dir())),
+        Lora(target_modules=("down_proj", "layers.1.mlp.up_proj")),
+    )
 
 
 def test_lora_starts_by_its_seed_alone(tiny_llama) -> None:
@@ -73,7 +88,9 @@ def test_lora_starts_by_its_seed_alone(tiny_llama) -> None:
 
     def a(seed: int, noise: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(noise)
-        return {n: p for n, p in add_lora(tiny_llama(), lora, seed).named_parameters() if "lora_" in n}
+        return {
+            n: p for n, p in add_lora(tiny_llama(), lora, seed).named_parameters() if "lora_" in n
+        }
 
     one, again, other = a(0, 1), a(0, 2), a(5, 1)
     assert len(one) == 4
@@ -87,7 +104,9 @@ def test_lora_starts_by_its_seed_alone(tiny_llama) -> None:
             assert 0.8 / 8 < parameter.abs().max() <= 1 / 8  # kaiming uniform: 1 / sqrt(64)
     state = torch.get_rng_state()
     model = tiny_llama()
-    assert {p.dtype for n, p in add_lora(model.bfloat16(), lora, 0).named_parameters() if "lora_" in n} == {torch.bfloat16}
+    assert {
+        p.dtype for n, p in add_lora(model.bfloat16(), lora, 0).named_parameters() if "lora_" in n
+    } == {torch.bfloat16}
     assert len(state) == len(torch.get_rng_state())
 
 

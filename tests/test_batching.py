@@ -16,7 +16,10 @@ LAYOUTS = ("tree", "packed", "padded")
 def documents(count: int, seed: int = 0, prefix: int = 6, suffix: int = 9) -> list[Document]:
     rng = random.Random(seed)
     ids = lambda n: [rng.randrange(3, 250) for _ in range(n)]  # noqa: E731
-    return [Document(ids(rng.randint(1, prefix)), [ids(rng.randint(1, suffix)) for _ in range(2)]) for _ in range(count)]
+    return [
+        Document(ids(rng.randint(1, prefix)), [ids(rng.randint(1, suffix)) for _ in range(2)])
+        for _ in range(count)
+    ]
 
 
 def test_doctest() -> None:
@@ -57,7 +60,9 @@ def test_anchors_are_the_last_prompt_tokens(layout) -> None:
         assert ids[anchor] == document.prefix[-1]
         assert batch.position_ids.flatten()[anchor] == len(document.prefix) - 1
     padded = collate(made, "padded")
-    assert (padded.document_ids >= 0).sum() == sum(2 * len(d.prefix) + sum(map(len, d.suffixes)) for d in made)
+    assert (padded.document_ids >= 0).sum() == sum(
+        2 * len(d.prefix) + sum(map(len, d.suffixes)) for d in made
+    )
 
 
 def test_mask_by_hand() -> None:
@@ -67,7 +72,13 @@ def test_mask_by_hand() -> None:
     for row, expected in zip(batch.mask()[:, 0], (one, two), strict=True):
         assert ["".join(str(int(x)) for x in line) for line in row] == expected
     narrow = batch.mask(2)[0, 0]
-    assert ["".join(str(int(x)) for x in line) for line in narrow] == ["10000", "11000", "01100", "01010", "00011"]
+    assert ["".join(str(int(x)) for x in line) for line in narrow] == [
+        "10000",
+        "11000",
+        "01100",
+        "01010",
+        "00011",
+    ]
     assert batch.mask(2) is batch.mask(2)
 
 
@@ -107,7 +118,12 @@ def test_a_plan_wastes_little() -> None:
     assert wasted_share(plan, lengths) < 0.08 < 0.4 < wasted_share(unsorted, lengths)
     assert wasted_share(plan, lengths, "packed") == 0.0
     for batches, bound in ((plan, 0.04), (unsorted, 0.15)):
-        parts = [part for batch in batches for rank in split_batch(batch, lengths, 1, 4096) for part in rank]
+        parts = [
+            part
+            for batch in batches
+            for rank in split_batch(batch, lengths, 1, 4096)
+            for part in rank
+        ]
         assert wasted_share(parts, lengths) < bound
 
 

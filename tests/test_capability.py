@@ -39,13 +39,20 @@ def runs(tmp_path_factory, tiny_llama, byte_tokenizer):
     """Scope -> a run directory."""
     made = {}
     for scope in ("last", "token"):
-        made[scope] = make_run(tmp_path_factory.mktemp("runs") / scope, tiny_llama(), byte_tokenizer)
+        made[scope] = make_run(
+            tmp_path_factory.mktemp("runs") / scope, tiny_llama(), byte_tokenizer
+        )
         save_router(routed_of(made[scope], byte_tokenizer, scope=scope), made[scope] / "router")
     return made
 
 
 def asked(what, folder, told=None, **options):
-    return Asked(resolve(str(what)), Options(**options), Storage(folder), print if told is None else told.append)
+    return Asked(
+        resolve(str(what)),
+        Options(**options),
+        Storage(folder),
+        print if told is None else told.append,
+    )
 
 
 def requests(given):
@@ -55,7 +62,11 @@ def requests(given):
 @torch.no_grad()
 def plain(model, context, continuation, **inputs):
     """(log-likelihood, is it greedy) by one forward pass of context and continuation, ids."""
-    logits = model(input_ids=torch.tensor([context + continuation]), **inputs).logits[0, len(context) - 1 : -1].double()
+    logits = (
+        model(input_ids=torch.tensor([context + continuation]), **inputs)
+        .logits[0, len(context) - 1 : -1]
+        .double()
+    )
     labels = torch.tensor(continuation)
     nats = logits.log_softmax(-1).gather(1, labels[:, None]).sum()
     return float(nats), bool((logits.argmax(-1) == labels).all())
@@ -63,23 +74,38 @@ def plain(model, context, continuation, **inputs):
 
 def forward(what, scope):
     """(context, continuation) -> ``plain`` by what the user would load; scope None is the base."""
-    model = AutoModelForCausalLM.from_pretrained(what / "base").eval() if scope is None else load_routed(what)
-    return lambda a, b: plain(model, a, b, **({} if scope is None else {"prompt_lengths": [len(a)]}))
+    model = (
+        AutoModelForCausalLM.from_pretrained(what / "base").eval()
+        if scope is None
+        else load_routed(what)
+    )
+    return lambda a, b: plain(
+        model, a, b, **({} if scope is None else {"prompt_lengths": [len(a)]})
+    )
 
 
 @pytest.mark.parametrize("scope", [None, "last", "token"])
 def test_log_likelihoods_are_the_forward_pass(tmp_path, runs, byte_tokenizer, scope):
     run = runs[scope or "last"]
     what, model = (run / "base" if scope is None else run), forward(run, scope)
-    ids = {text: byte_tokenizer.encode(text, add_special_tokens=False) for pair in REQUESTS.values() for text in pair}
+    ids = {
+        text: byte_tokenizer.encode(text, add_special_tokens=False)
+        for pair in REQUESTS.values()
+        for text in pair
+    }
     told: list[str] = []
     ask = asked(what, tmp_path, told)
     tried = ((chr(a), chr(b)) for a in range(97, 123) for b in range(33, 127))
-    letters = {text: byte_tokenizer.encode(text) for text in map(chr, range(33, 127))}  # ids with <s>
+    letters = {
+        text: byte_tokenizer.encode(text) for text in map(chr, range(33, 127))
+    }  # ids with <s>
     greedy = next(pair for pair in tried if model(letters[pair[0]], letters[pair[1]][1:])[1])
     given = [*REQUESTS, greedy]
     found = ask("loglikelihood", requests(given))
-    wanted = [*((ids[a], ids[b]) for a, b in REQUESTS.values()), (letters[greedy[0]], letters[greedy[1]][1:])]
+    wanted = [
+        *((ids[a], ids[b]) for a, b in REQUESTS.values()),
+        (letters[greedy[0]], letters[greedy[1]][1:]),
+    ]
     for pair, (value, is_greedy) in zip(wanted, found, strict=True):
         nats, expected = model(*pair)
         assert value == pytest.approx(nats, abs=1e-5, rel=1e-6)
@@ -96,16 +122,29 @@ def test_log_likelihoods_are_the_forward_pass(tmp_path, runs, byte_tokenizer, sc
 @pytest.mark.parametrize("scope", [None, "last"])
 def test_generation_is_greedy_and_stops(tmp_path, runs, byte_tokenizer, scope):
     run = runs["last"]
-    model = AutoModelForCausalLM.from_pretrained(run / "base").eval() if scope is None else load_routed(run)
+    model = (
+        AutoModelForCausalLM.from_pretrained(run / "base").eval()
+        if scope is None
+        else load_routed(run)
+    )
     whole = {}
     for text in ("how are you", "what is the time now"):
         ids = torch.tensor([byte_tokenizer.encode(text)])
-        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=2)
+        made = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            do_sample=False,
+            pad_token_id=2,
+        )
         whole[text] = byte_tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
     stop = next(c for c in whole["how are you"][2:] if c.isascii())
     ask = asked(run / "base" if scope is None else run, tmp_path)
     for until in ([], [stop, "\n\n"]):
-        made = ask("generate_until", requests((text, {"until": until, "max_gen_toks": 12}) for text in whole))
+        made = ask(
+            "generate_until",
+            requests((text, {"until": until, "max_gen_toks": 12}) for text in whole),
+        )
         assert made == [text.partition(stop)[0] if until else text for text in whole.values()]
     with pytest.raises(UserError, match="only greedy"):
         ask("generate_until", requests([("how", {"do_sample": True, "temperature": 0.7})]))
@@ -117,7 +156,9 @@ def test_whole_texts_in_windows(tmp_path, runs, byte_tokenizer):
     model = forward(runs["last"], None)
     short, long = byte_tokenizer.encode("a few words"), byte_tokenizer.encode(LONG)
     parts = model([1], long[:511])[0], model(long[len(long) - 512 : 511], long[511:])[0]
-    found = asked(runs["last"] / "base", tmp_path)("loglikelihood_rolling", requests([("a few words",), (LONG,)]))
+    found = asked(runs["last"] / "base", tmp_path)(
+        "loglikelihood_rolling", requests([("a few words",), (LONG,)])
+    )
     assert found == pytest.approx([model([1], short)[0], sum(parts)], rel=1e-6, abs=1e-5)
 
 
@@ -130,7 +171,9 @@ def test_missing_package_is_one_line(monkeypatch, capsys):
 
 
 WHO = ("you", "they", "we", "those", "all", "these", "some")
-QUESTIONS = [(f"who are {who}", ["me", "us all", "nobody here"], i % 3) for i, who in enumerate(WHO)]
+QUESTIONS = [
+    (f"who are {who}", ["me", "us all", "nobody here"], i % 3) for i, who in enumerate(WHO)
+]
 TASK = """
 task: quiz
 dataset_path: json
@@ -156,9 +199,20 @@ def test_local_task_by_the_harness(tmp_path, runs, byte_tokenizer, capsys, monke
     rows = [{"question": q, "choices": c, "answer": a} for q, c, a in QUESTIONS]
     (tmp_path / "quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks/quiz.yaml").write_text(TASK.format(data=tmp_path / "quiz.jsonl", cache=tmp_path / "data"))
+    (tmp_path / "tasks/quiz.yaml").write_text(
+        TASK.format(data=tmp_path / "quiz.jsonl", cache=tmp_path / "data")
+    )
     (tmp_path / "few.jsonl").write_text('{"prompt": "how are you", "harmful": false}\n')
-    words = ["evaluate", str(runs["last"]), "--against", "base", "--sets", "few.jsonl", "--max-new-tokens", "4"]
+    words = [
+        "evaluate",
+        str(runs["last"]),
+        "--against",
+        "base",
+        "--sets",
+        "few.jsonl",
+        "--max-new-tokens",
+        "4",
+    ]
     words += ["--workers", "0", "--out", "report", "--task-limit", "6", "--tasks"]
     assert main([*words, "tasks/quiz.yaml"]) == 0, capsys.readouterr().err
     assert "quiz  acc" in capsys.readouterr().out
@@ -168,14 +222,21 @@ def test_local_task_by_the_harness(tmp_path, runs, byte_tokenizer, capsys, monke
         model, right = forward(runs["last"], scope), []
         for question, choices, answer in QUESTIONS[:6]:
             context = byte_tokenizer.encode(f"Question: {question}\nAnswer:")
-            said = [model(context, byte_tokenizer.encode(f" {c}", add_special_tokens=False))[0] for c in choices]
+            said = [
+                model(context, byte_tokenizer.encode(f" {c}", add_special_tokens=False))[0]
+                for c in choices
+            ]
             right.append(said.index(max(said)) == answer)
         row, share = found[name], sum(right) / 6
         stderr = math.sqrt(share * (1 - share) / 5)
         assert (row["task"], row["metric"], row["n"], row["shots"]) == ("quiz", "acc", "6", "0")
         expected = [share, stderr, share - 1.96 * stderr, share + 1.96 * stderr]
-        assert [float(row[k]) for k in ("value", "stderr", "low", "high")] == pytest.approx(expected)
-    assert [r["model"] for r in json.loads((tmp_path / "report/report.json").read_text())["capability"]] == [*found]
+        assert [float(row[k]) for k in ("value", "stderr", "low", "high")] == pytest.approx(
+            expected
+        )
+    assert [
+        r["model"] for r in json.loads((tmp_path / "report/report.json").read_text())["capability"]
+    ] == [*found]
     assert '"capability":[{' in (tmp_path / "report/report.html").read_text()
     before = (tmp_path / "report/capability.csv").read_bytes()
     assert main([*words, "tasks/"]) == 0, capsys.readouterr().err  # the folder that holds it

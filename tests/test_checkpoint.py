@@ -11,12 +11,24 @@ import torch
 
 from midpo_ray.errors import UserError
 from midpo_ray.storage import Storage
-from midpo_ray.training.checkpoint import KINDS, STATE, TENSORS, Checkpoints, beyond, name_of, steps_in
+from midpo_ray.training.checkpoint import (
+    KINDS,
+    STATE,
+    TENSORS,
+    Checkpoints,
+    beyond,
+    name_of,
+    steps_in,
+)
 
 
 def tensors(seed: int = 0, numel: int = 1000) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {f"{kind}/layer.{n}": torch.randn(numel, generator=generator) for kind in KINDS for n in range(2)}
+    return {
+        f"{kind}/layer.{n}": torch.randn(numel, generator=generator)
+        for kind in KINDS
+        for n in range(2)
+    }
 
 
 @pytest.fixture
@@ -26,7 +38,10 @@ def checkpoints(tmp_path) -> Checkpoints:
 
 def test_names():
     assert name_of(40) == "step-00000040"
-    assert steps_in(["step-00000040", "step-00000003", "step-3", "writing-00000050", "notes"]) == [3, 40]
+    assert steps_in(["step-00000040", "step-00000003", "step-3", "writing-00000050", "notes"]) == [
+        3,
+        40,
+    ]
     assert beyond([30, 10, 20], 2) == [10]
     assert beyond([10], 2) == []
 
@@ -107,18 +122,25 @@ def test_nothing_half_written_is_left(checkpoints):
     checkpoints.save(10, tensors(), {})
     folder = checkpoints.folder.local
     (folder / "writing-00000020").mkdir()
-    (folder / "writing-00000020" / f"{TENSORS}.tmp-1").write_bytes(b"half")  # of a process that was killed
+    (folder / "writing-00000020" / f"{TENSORS}.tmp-1").write_bytes(
+        b"half"
+    )  # of a process that was killed
     assert checkpoints.resume().step == 10
     assert checkpoints.folder.names() == [name_of(10)]
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/dev/full"), reason="needs root to mount a small file system")
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not os.path.exists("/dev/full"),
+    reason="needs root to mount a small file system",
+)
 def test_a_full_disk_leaves_the_one_before(tmp_path):
     import subprocess
 
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "none", str(disk)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=128k", "none", str(disk)], capture_output=True
+    ).returncode:
         pytest.skip("a file system cannot be mounted here")
     try:
         checkpoints = Checkpoints(Storage(disk / "checkpoints"), keep=2, digest="abc")
@@ -135,7 +157,9 @@ def test_a_frozen_weight_or_another_dtype_is_refused(checkpoints):
     with pytest.raises(AssertionError, match="base"):
         checkpoints.save(1, {**tensors(), "base/weight": torch.zeros(10)}, {})
     with pytest.raises(AssertionError, match=r"layer\.9"):
-        checkpoints.save(1, {**tensors(), "exp_avg/layer.9": torch.zeros(1, dtype=torch.float64)}, {})
+        checkpoints.save(
+            1, {**tensors(), "exp_avg/layer.9": torch.zeros(1, dtype=torch.float64)}, {}
+        )
     assert checkpoints.folder.names() == []
 
 

@@ -24,7 +24,9 @@ LOCAL = Versions(RAY, ".".join(re.search(r"PYTHON_TAG=py(\d)(\d+)", DOCKERFILE).
 KEY = "AKIA" + "Q" * 16  # has a key's shape, and is none
 
 AWS, GCP, LOCAL_HOSTS = "cluster.yaml", "cluster/gcp.yaml", "cluster/on-prem.yaml"
-CLUSTER, JOB, STORAGE = (f"cluster/kuberay/{name}.yaml" for name in ("raycluster", "rayjob", "storage"))
+CLUSTER, JOB, STORAGE = (
+    f"cluster/kuberay/{name}.yaml" for name in ("raycluster", "rayjob", "storage")
+)
 
 
 def set_(keys: str, value: Any) -> Callable[[Any], None]:
@@ -68,43 +70,79 @@ def text(old: str, new: str) -> Callable[[str], str]:
     return change
 
 
-NODE, HEAD, WORKER = "available_node_types/safety", "head_start_ray_commands/1", "worker_start_ray_commands/1"
+NODE, HEAD, WORKER = (
+    "available_node_types/safety",
+    "head_start_ray_commands/1",
+    "worker_start_ray_commands/1",
+)
 SPEC, POD = "spec/headGroupSpec", "spec/workerGroupSpecs/0/template/spec"
 BROKEN = [
     # Ray's own schema, with the nearest key
     (AWS, set_("max_worker", 3), "max_worker: unknown key, did you mean max_workers?"),
     (AWS, set_("max_workers", "two"), "max_workers: integer is expected, this is str"),
-    (AWS, set_("idle_timeout_minutes", -1), "idle_timeout_minutes: -1 is less than the minimum of 0"),
+    (
+        AWS,
+        set_("idle_timeout_minutes", -1),
+        "idle_timeout_minutes: -1 is less than the minimum of 0",
+    ),
     (AWS, drop("cluster_name"), "cluster_name: missing"),
     (AWS, drop("provider"), "provider: missing"),
     (AWS, set_("docker/imagee", "x"), "docker.imagee: unknown key, did you mean image?"),
-    (AWS, set_(f"{NODE}/lables", {}), "available_node_types.safety.lables: unknown key, did you mean labels?"),
+    (
+        AWS,
+        set_(f"{NODE}/lables", {}),
+        "available_node_types.safety.lables: unknown key, did you mean labels?",
+    ),
     (AWS, drop(f"{NODE}/resources"), "available_node_types.safety.resources: missing"),
     # what it misses: provider, node_config
-    (AWS, set_("provider/type", "awz"), "provider.type: 'awz' is not a provider, did you mean aws?"),
+    (
+        AWS,
+        set_("provider/type", "awz"),
+        "provider.type: 'awz' is not a provider, did you mean aws?",
+    ),
     (
         AWS,
         set_("provider/avaliability_zone", "us-east-1a"),
         "provider.avaliability_zone: unknown key, did you mean availability_zone?",
     ),
-    (AWS, set_(f"{NODE}/node_config/InstanceTyp", "p4d"), "node_config.InstanceTyp: unknown key, did you mean InstanceType?"),
+    (
+        AWS,
+        set_(f"{NODE}/node_config/InstanceTyp", "p4d"),
+        "node_config.InstanceTyp: unknown key, did you mean InstanceType?",
+    ),
     (
         AWS,
         set_(f"{NODE}/node_config/BlockDeviceMappings/0/Ebs", {"VolumSize": 9}),
         "Ebs.VolumSize: unknown key, did you mean VolumeSize?",
     ),
-    (AWS, drop(f"{NODE}/node_config/InstanceType"), "available_node_types.safety.node_config.InstanceType: missing"),
-    (GCP, set_(f"{NODE}/node_config/machinetype", "a2"), "node_config.machinetype: unknown key, did you mean machineType?"),
+    (
+        AWS,
+        drop(f"{NODE}/node_config/InstanceType"),
+        "available_node_types.safety.node_config.InstanceType: missing",
+    ),
+    (
+        GCP,
+        set_(f"{NODE}/node_config/machinetype", "a2"),
+        "node_config.machinetype: unknown key, did you mean machineType?",
+    ),
     (
         GCP,
         set_(f"{NODE}/node_config/scheduling", [{"premptible": True}]),
         "scheduling.premptible: unknown key, did you mean preemptible?",
     ),
-    (LOCAL_HOSTS, set_("provider/worker_ip", []), "provider.worker_ip: unknown key, did you mean worker_ips?"),
+    (
+        LOCAL_HOSTS,
+        set_("provider/worker_ip", []),
+        "provider.worker_ip: unknown key, did you mean worker_ips?",
+    ),
     # region, zone, project, auth
     (AWS, drop("provider/region"), "provider.region: missing"),
     (AWS, set_("provider/region", "us-east"), "provider.region: 'us-east' is not a region of aws"),
-    (AWS, set_("provider/availability_zone", "us-west-2a"), "provider.availability_zone: us-west-2a is not in region us-east-1"),
+    (
+        AWS,
+        set_("provider/availability_zone", "us-west-2a"),
+        "provider.availability_zone: us-west-2a is not in region us-east-1",
+    ),
     (GCP, drop("provider/availability_zone"), "provider.availability_zone: missing"),
     (GCP, set_("provider/project_id", None), "provider.project_id: missing"),
     (AWS, drop("auth"), "auth.ssh_user: missing"),
@@ -117,7 +155,11 @@ BROKEN = [
         "provider.worker_ips: 192.168.1.10 stands there twice, or is head_ip too",
     ),
     # sizes
-    (AWS, set_(f"{NODE}/min_workers", 2), "available_node_types.safety.min_workers: 2 is above its max_workers, 1"),
+    (
+        AWS,
+        set_(f"{NODE}/min_workers", 2),
+        "available_node_types.safety.min_workers: 2 is above its max_workers, 1",
+    ),
     (
         AWS,
         both(set_(f"{NODE}/min_workers", 1), set_("max_workers", 0)),
@@ -128,16 +170,32 @@ BROKEN = [
         both(set_("min_workers", 3), set_("max_workers", 3)),
         "max_workers: 3 is above the number of provider.worker_ips, 2",
     ),
-    (AWS, set_("head_node_type", "haed"), "head_node_type: one of head, safety, helpfulness is expected, this is 'haed'"),
+    (
+        AWS,
+        set_("head_node_type", "haed"),
+        "head_node_type: one of head, safety, helpfulness is expected, this is 'haed'",
+    ),
     # versions
     (
         AWS,
         set_("docker/image", f"rayproject/ray:2.9.3-py{LOCAL.python.replace('.', '')}"),
         f"docker.image: Ray 2.9.3 differs from the local {RAY}",
     ),
-    (AWS, set_("docker/image", f"rayproject/ray:{RAY}-py39-gpu"), "docker.image: Python 3.9 differs from the local"),
-    (GCP, set_("docker/image", "rayproject/ray:latest"), "docker.image: the image names no Ray version"),
-    (AWS, set_("setup_commands/0", 'pip install -U "ray[default]==2.8.0"'), "setup_commands.0: Ray 2.8.0 differs from the local"),
+    (
+        AWS,
+        set_("docker/image", f"rayproject/ray:{RAY}-py39-gpu"),
+        "docker.image: Python 3.9 differs from the local",
+    ),
+    (
+        GCP,
+        set_("docker/image", "rayproject/ray:latest"),
+        "docker.image: the image names no Ray version",
+    ),
+    (
+        AWS,
+        set_("setup_commands/0", 'pip install -U "ray[default]==2.8.0"'),
+        "setup_commands.0: Ray 2.8.0 differs from the local",
+    ),
     (
         LOCAL_HOSTS,
         set_("setup_commands/0", "conda create -n midpo python=3.9"),
@@ -147,27 +205,66 @@ BROKEN = [
     (AWS, drop("head_start_ray_commands"), "head_start_ray_commands: 0.0.0.0 without token mode"),
     (
         AWS,
-        both(set_(HEAD, text("127.0.0.1", "0.0.0.0")), set_(HEAD, text("=token", "=")), set_(WORKER, text("=token", "="))),
+        both(
+            set_(HEAD, text("127.0.0.1", "0.0.0.0")),
+            set_(HEAD, text("=token", "=")),
+            set_(WORKER, text("=token", "=")),
+        ),
         "head_start_ray_commands: 0.0.0.0 without token mode",
     ),
-    (GCP, set_(WORKER, text("RAY_AUTH_MODE=token", "A=b")), "worker_start_ray_commands: RAY_AUTH_MODE=token is missing"),
+    (
+        GCP,
+        set_(WORKER, text("RAY_AUTH_MODE=token", "A=b")),
+        "worker_start_ray_commands: RAY_AUTH_MODE=token is missing",
+    ),
     (AWS, set_("file_mounts", {}), "file_mounts: ~/.ray/auth_token: ~/.ray/auth_token is missing"),
-    (AWS, set_("head_start_ray_commands", ["ray stop"]), "head_start_ray_commands: no command there is `ray start --head`"),
-    (AWS, set_(HEAD, text("--autoscaling-config", "--autoscaling")), "head_start_ray_commands: --autoscaling-config="),
-    (AWS, set_(HEAD, text("=6379", "=6380")), "worker_start_ray_commands: --address names port 6379, the head's --port is 6380"),
-    (LOCAL_HOSTS, set_(HEAD, text("v2=0", "v2=1")), "head_start_ray_commands: RAY_enable_autoscaler_v2=0 is missing"),
+    (
+        AWS,
+        set_("head_start_ray_commands", ["ray stop"]),
+        "head_start_ray_commands: no command there is `ray start --head`",
+    ),
+    (
+        AWS,
+        set_(HEAD, text("--autoscaling-config", "--autoscaling")),
+        "head_start_ray_commands: --autoscaling-config=",
+    ),
+    (
+        AWS,
+        set_(HEAD, text("=6379", "=6380")),
+        "worker_start_ray_commands: --address names port 6379, the head's --port is 6380",
+    ),
+    (
+        LOCAL_HOSTS,
+        set_(HEAD, text("v2=0", "v2=1")),
+        "head_start_ray_commands: RAY_enable_autoscaler_v2=0 is missing",
+    ),
     # secrets by value
-    (AWS, set_("setup_commands/1", f"export AWS_ACCESS_KEY_ID={KEY}"), "setup_commands.1: an AWS access key by value"),
-    (AWS, set_("setup_commands/1", "echo hf_" + "a1" * 17), "setup_commands.1: a Hugging Face token by value"),
+    (
+        AWS,
+        set_("setup_commands/1", f"export AWS_ACCESS_KEY_ID={KEY}"),
+        "setup_commands.1: an AWS access key by value",
+    ),
+    (
+        AWS,
+        set_("setup_commands/1", "echo hf_" + "a1" * 17),
+        "setup_commands.1: a Hugging Face token by value",
+    ),
     (
         GCP,
         set_("setup_commands/1", "export OPENAI_API_KEY=sk-proj-" + "a1" * 20),
         "setup_commands.1: an OpenAI or Anthropic key by value",
     ),
-    (GCP, set_("setup_commands/1", "export WANDB_API_KEY=" + "a1" * 20), "setup_commands.1: a Weights & Biases key by value"),
     (
         GCP,
-        set_("provider/gcp_credentials", {"type": "service_account", "credentials": "-----BEGIN PRIVATE KEY-----\nx"}),
+        set_("setup_commands/1", "export WANDB_API_KEY=" + "a1" * 20),
+        "setup_commands.1: a Weights & Biases key by value",
+    ),
+    (
+        GCP,
+        set_(
+            "provider/gcp_credentials",
+            {"type": "service_account", "credentials": "-----BEGIN PRIVATE KEY-----\nx"},
+        ),
         "credentials: a private key by value",
     ),
     (
@@ -177,20 +274,39 @@ BROKEN = [
     ),
     (
         JOB,
-        set_("spec/rayClusterSpec/headGroupSpec/template/spec/containers/0/env/0", {"name": "HF_TOKEN", "value": "abcdefgh1234"}),
+        set_(
+            "spec/rayClusterSpec/headGroupSpec/template/spec/containers/0/env/0",
+            {"name": "HF_TOKEN", "value": "abcdefgh1234"},
+        ),
         "env.0.HF_TOKEN: a literal password, token or key by value",
     ),
     # Kubernetes
-    (CLUSTER, set_("kind", "RayClusterr"), "kind: one of RayCluster, RayJob is expected, this is 'RayClusterr'"),
+    (
+        CLUSTER,
+        set_("kind", "RayClusterr"),
+        "kind: one of RayCluster, RayJob is expected, this is 'RayClusterr'",
+    ),
     (CLUSTER, set_("apiVersion", "ray.io/v1alpha1"), "apiVersion: one of ray.io/v1 is expected"),
-    (CLUSTER, set_("spec/workerGroupSpec", []), "spec.workerGroupSpec: unknown key, did you mean workerGroupSpecs?"),
-    (CLUSTER, set_("spec/rayVersion", "2.9.0"), f"spec.rayVersion: 2.9.0 differs from the local {RAY}"),
+    (
+        CLUSTER,
+        set_("spec/workerGroupSpec", []),
+        "spec.workerGroupSpec: unknown key, did you mean workerGroupSpecs?",
+    ),
+    (
+        CLUSTER,
+        set_("spec/rayVersion", "2.9.0"),
+        f"spec.rayVersion: 2.9.0 differs from the local {RAY}",
+    ),
     (
         CLUSTER,
         set_(f"{SPEC}/rayStartParams/num-cpus", 0),
         "spec.headGroupSpec.rayStartParams.num-cpus: string is expected, this is int",
     ),
-    (CLUSTER, set_("spec/workerGroupSpecs/0/minReplicas", 2), "spec.workerGroupSpecs.0.minReplicas: 2 is above maxReplicas, 1"),
+    (
+        CLUSTER,
+        set_("spec/workerGroupSpecs/0/minReplicas", 2),
+        "spec.workerGroupSpecs.0.minReplicas: 2 is above maxReplicas, 1",
+    ),
     (
         CLUSTER,
         set_("spec/workerGroupSpecs/0/replicas", 5),
@@ -216,9 +332,17 @@ BROKEN = [
         set_(f"{POD}/containers/0/ports", [{"containerPort": "x"}]),
         "ports.0.containerPort: integer is expected, this is str",
     ),
-    (CLUSTER, drop(f"{POD}/containers"), "spec.workerGroupSpecs.0.template.spec.containers: missing"),
+    (
+        CLUSTER,
+        drop(f"{POD}/containers"),
+        "spec.workerGroupSpecs.0.template.spec.containers: missing",
+    ),
     (CLUSTER, set_(f"{POD}/volumes/0/name", "disk"), "no volume is called storage"),
-    (JOB, drop("spec/rayClusterSpec/authOptions"), "spec.rayClusterSpec.authOptions: 0.0.0.0 without token mode"),
+    (
+        JOB,
+        drop("spec/rayClusterSpec/authOptions"),
+        "spec.rayClusterSpec.authOptions: 0.0.0.0 without token mode",
+    ),
     (JOB, set_("spec/entrypont", "x"), "spec.entrypont: unknown key, did you mean entrypoint?"),
     (JOB, drop("spec/entrypoint"), "spec.entrypoint: missing"),
     (JOB, set_("spec/submissionMode", "Http"), "spec.submissionMode: one of K8sJobMode, HTTPMode"),
@@ -227,8 +351,16 @@ BROKEN = [
         set_("spec/shutdownAfterJobFinishes", False),
         "spec.ttlSecondsAfterFinished: has no effect without shutdownAfterJobFinishes",
     ),
-    (STORAGE, set_("spec/accessMode", []), "spec.accessMode: unknown key, did you mean accessModes?"),
-    (STORAGE, set_("kind", "PersistentVolumClaim"), "kind: v1 PersistentVolumClaim is no kind of Kubernetes"),
+    (
+        STORAGE,
+        set_("spec/accessMode", []),
+        "spec.accessMode: unknown key, did you mean accessModes?",
+    ),
+    (
+        STORAGE,
+        set_("kind", "PersistentVolumClaim"),
+        "kind: v1 PersistentVolumClaim is no kind of Kubernetes",
+    ),
 ]
 
 
@@ -242,9 +374,13 @@ def test_shipped_file_offers_the_groups_of_the_7b_recipes(file):
     assert check(ROOT / file, load_config("alpaca-7b"), local=LOCAL) == []
 
 
-@pytest.mark.parametrize(("file", "change", "expected"), BROKEN, ids=[f"{f}-{e.partition(':')[0]}" for f, _, e in BROKEN])
+@pytest.mark.parametrize(
+    ("file", "change", "expected"), BROKEN, ids=[f"{f}-{e.partition(':')[0]}" for f, _, e in BROKEN]
+)
 def test_broken_copy_fails_with_one_line(tmp_path, file, change, expected):
-    document = json.loads(json.dumps(yaml.safe_load((ROOT / file).read_text("utf-8"))))  # a copy without YAML's shared nodes
+    document = json.loads(
+        json.dumps(yaml.safe_load((ROOT / file).read_text("utf-8")))
+    )  # a copy without YAML's shared nodes
     change(document)
     broken = tmp_path / "broken.yaml"
     broken.write_text(yaml.safe_dump(document, sort_keys=False), "utf-8")
@@ -265,7 +401,11 @@ LACKING = [
     (GCP, ["resources={infiniband: 1}"], "no node type offers that with midpo-group: safety"),
     (GCP, ["workers=9"], "needs 9 worker(s) of 1 CPU, 1 GPU: there are too few at full scale"),
     (LOCAL_HOSTS, ["label_selector={midpo-group: safe}"], "none is labelled midpo-group: safe"),
-    (LOCAL_HOSTS, ["resources={infiniband: 1}"], "no node type offers that with midpo-group: safety"),
+    (
+        LOCAL_HOSTS,
+        ["resources={infiniband: 1}"],
+        "no node type offers that with midpo-group: safety",
+    ),
     (CLUSTER, ["label_selector={zone: a}"], "none is labelled zone: a"),
     (JOB, ["gpus_per_worker=16"], "no node type offers that with midpo-group: safety"),
 ]
@@ -305,7 +445,15 @@ def test_secret_in_a_comment(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "document", [{}, {"provider": []}, {"provider": {}}, {"provider": {"type": 3}}, {"kind": "RayJob"}, {"spec": 1}]
+    "document",
+    [
+        {},
+        {"provider": []},
+        {"provider": {}},
+        {"provider": {"type": 3}},
+        {"kind": "RayJob"},
+        {"spec": 1},
+    ],
 )
 def test_any_mapping_gets_faults_and_never_a_traceback(tmp_path, document):
     path = tmp_path / "cluster.yaml"

@@ -26,14 +26,21 @@ def recipe(tmp_path: Path) -> Path:
 
 def test_shipped_recipes_are_valid() -> None:
     names = shipped_recipes()
-    assert {"miniature", "smollm2-135m", "alpaca-7b-paper", "alpaca-7b", "qwen2-7b-bdpo"} <= set(names)
+    assert {"miniature", "smollm2-135m", "alpaca-7b-paper", "alpaca-7b", "qwen2-7b-bdpo"} <= set(
+        names
+    )
     for name in names:
         assert load_config(name).name == name
 
 
 def test_paper_recipe_has_the_papers_values() -> None:
     config = load_config("alpaca-7b-paper")
-    assert (config.lora.r, config.lora.alpha, config.lora.dropout, config.lora.target_modules) == (16, 32, 0, ("down_proj",))
+    assert (config.lora.r, config.lora.alpha, config.lora.dropout, config.lora.target_modules) == (
+        16,
+        32,
+        0,
+        ("down_proj",),
+    )
     optim = config.experts.safety.optim
     assert (optim.lr, optim.schedule, optim.warmup, optim.epochs) == (1e-5, "cosine", 0.03, 3)
     assert (config.router.gate, config.router.scope, config.router.prior, config.router.rule) == (
@@ -61,10 +68,19 @@ def test_an_override_of_one_expert_leaves_the_other() -> None:
     """The shipped recipes share sections by YAML's aliases, which are one object."""
     for recipe in shipped_recipes():
         before = load_config(recipe)
-        after = load_config(recipe, ["experts.safety.objective.beta=0.77", "experts.safety.optim.lr=0.5", "router.optim.eps=0.3"])
+        after = load_config(
+            recipe,
+            [
+                "experts.safety.objective.beta=0.77",
+                "experts.safety.optim.lr=0.5",
+                "router.optim.eps=0.3",
+            ],
+        )
         assert after.experts.safety.objective.beta == 0.77
         assert after.experts.helpfulness == before.experts.helpfulness
-        assert after.experts.safety.optim == before.experts.safety.optim.model_copy(update={"lr": 0.5})
+        assert after.experts.safety.optim == before.experts.safety.optim.model_copy(
+            update={"lr": 0.5}
+        )
 
 
 def test_a_key_that_is_switched_off_stays_off(recipe: Path, tmp_path: Path) -> None:
@@ -87,11 +103,20 @@ def test_a_key_that_is_switched_off_stays_off(recipe: Path, tmp_path: Path) -> N
         ("deepspeed.stage=4", ["deepspeed.stage", "0, 1, 2 or 3"]),
         ("router.group.workers=0", ["router.group", "workers is 0, at least 1"]),
         ("router.optim.betas=[2, 3]", ["router.optim.betas", "less than 1"]),
-        ("experts.safety.group.workers={min: 3, max: 1}", ["experts.safety.group.workers", "min is 3, above max, 1"]),
+        (
+            "experts.safety.group.workers={min: 3, max: 1}",
+            ["experts.safety.group.workers", "min is 3, above max, 1"],
+        ),
         ("experts.safety.objective.name=dpoo", ["'dpo'", "'dpoo'"]),
-        ("scores.reward={model: a, column: b}", ["scores.reward", "exactly one of model, column, function"]),
+        (
+            "scores.reward={model: a, column: b}",
+            ["scores.reward", "exactly one of model, column, function"],
+        ),
         ("router.rule=pareto", ["router.rule is pareto", "scores.reward and scores.cost"]),
-        ("experts.helpfulness.objective.name=spe_dpo", ["experts.helpfulness", "scores.reward", "b_dpo"]),
+        (
+            "experts.helpfulness.objective.name=spe_dpo",
+            ["experts.helpfulness", "scores.reward", "b_dpo"],
+        ),
         ("experts.safety.objective.name=modpo", ["experts.safety", "scores.reward"]),
         ("a.b", ["key.sub=value is expected"]),
         ("data.sets.3.rows=2", ["'3' is not a key there"]),
@@ -108,12 +133,19 @@ def test_bad_keys_and_values_in_one_line(recipe: Path, override: str, words: lis
 
 
 def test_margin_scale_zero_needs_no_scorer(recipe: Path) -> None:
-    load_config(recipe, ["experts.safety.objective.name=spe_dpo", "experts.safety.objective.margin_scale=0"])
+    load_config(
+        recipe, ["experts.safety.objective.name=spe_dpo", "experts.safety.objective.margin_scale=0"]
+    )
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [("", "is empty"), ("- a", "list"), ("a: [", "not YAML"), ("data: {sets: [{path: a}]}", "key model is missing")],
+    [
+        ("", "is empty"),
+        ("- a", "list"),
+        ("a: [", "not YAML"),
+        ("data: {sets: [{path: a}]}", "key model is missing"),
+    ],
 )
 def test_bad_files(tmp_path: Path, content: str, words: str) -> None:
     path = tmp_path / "bad.yaml"

@@ -10,11 +10,20 @@ from ranks import run_ranks
 from torch import Tensor, nn
 
 from midpo_ray import config
-from midpo_ray.training.engine import Engine, deepspeed, deepspeed_settings, plain, prepare, trained_state
+from midpo_ray.training.engine import (
+    Engine,
+    deepspeed,
+    deepspeed_settings,
+    plain,
+    prepare,
+    trained_state,
+)
 
 OPTIM = config.Optim(lr=0.01, weight_decay=0.1, clip=0.05)
 MICRO = (1, 3, 2, 1, 2)  # micro-batches of each step
-PERSIST = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}  # so that small parameters are partitioned too
+PERSIST = {
+    "zero_optimization": {"stage3_param_persistence_threshold": 0}
+}  # so that small parameters are partitioned too
 
 
 class Net(nn.Module):
@@ -32,11 +41,15 @@ class Net(nn.Module):
 
 
 def loss_of(engine: Engine, step: int, micro: int, rank: int, dtype: torch.dtype) -> Tensor:
-    x = torch.randn(4, 7, generator=torch.Generator().manual_seed(1000 * step + 10 * micro + rank)).to(dtype)
+    x = torch.randn(
+        4, 7, generator=torch.Generator().manual_seed(1000 * step + 10 * micro + rank)
+    ).to(dtype)
     return engine(x).float().square().mean() / MICRO[step]
 
 
-def train(engine: Engine, first: int, last: int, dtype: torch.dtype, share: tuple[int, int] | None = None) -> list[float]:
+def train(
+    engine: Engine, first: int, last: int, dtype: torch.dtype, share: tuple[int, int] | None = None
+) -> list[float]:
     """Gradient norms; ``share``: (world to imitate on one rank, unused)."""
     norms = []
     for step in range(first, last):
@@ -44,7 +57,10 @@ def train(engine: Engine, first: int, last: int, dtype: torch.dtype, share: tupl
         ranks = range(share[0]) if share else (engine.group.rank,)
         parts = [(micro, rank) for micro in range(MICRO[step]) for rank in ranks]
         for number, (micro, rank) in enumerate(parts):
-            engine.backward(loss_of(engine, step, micro, rank, dtype) / len(ranks), last=number == len(parts) - 1)
+            engine.backward(
+                loss_of(engine, step, micro, rank, dtype) / len(ranks),
+                last=number == len(parts) - 1,
+            )
         norms.append(float(engine.step()))
     return norms
 
@@ -53,7 +69,9 @@ def make(kind: int | str, dtype: torch.dtype) -> Engine:
     if kind == "plain":
         return plain(Net(dtype), OPTIM)
     name = "bfloat16" if dtype == torch.bfloat16 else "float32"
-    section = config.DeepSpeed(stage=kind % 10, offload_optimizer="cpu" if kind > 9 else "none", extra=PERSIST)
+    section = config.DeepSpeed(
+        stage=kind % 10, offload_optimizer="cpu" if kind > 9 else "none", extra=PERSIST
+    )
     settings = deepspeed_settings(section, OPTIM, name, torch.distributed.get_world_size())
     kept = prepare(settings, on_gpu=False)
     engine = deepspeed(Net(dtype), OPTIM, settings, "cpu")
@@ -61,7 +79,9 @@ def make(kind: int | str, dtype: torch.dtype) -> Engine:
     return engine
 
 
-def every_engine(rank: int, world: int, kinds: tuple[int | str, ...], dtype: torch.dtype) -> dict[Any, Any]:
+def every_engine(
+    rank: int, world: int, kinds: tuple[int | str, ...], dtype: torch.dtype
+) -> dict[Any, Any]:
     results = {}
     for kind in kinds:
         engine = make(kind, dtype)
@@ -83,8 +103,12 @@ def every_engine(rank: int, world: int, kinds: tuple[int | str, ...], dtype: tor
     return results
 
 
-def both_dtypes(rank: int, world: int, kinds: tuple[int | str, ...]) -> dict[torch.dtype, dict[Any, Any]]:
-    return {dtype: every_engine(rank, world, kinds, dtype) for dtype in (torch.float32, torch.bfloat16)}
+def both_dtypes(
+    rank: int, world: int, kinds: tuple[int | str, ...]
+) -> dict[torch.dtype, dict[Any, Any]]:
+    return {
+        dtype: every_engine(rank, world, kinds, dtype) for dtype in (torch.float32, torch.bfloat16)
+    }
 
 
 @pytest.mark.slow
@@ -98,11 +122,17 @@ def test_engines_agree_and_resume_to_the_last_bit():
             assert mine["norms"][3:] == mine["resumed_norms"], kind
             for name, value in mine["state"].items():
                 assert torch.equal(value, other["state"][name]), f"{kind}: ranks differ in {name}"
-                assert torch.equal(value, mine["resumed"][name]), f"{kind}: resumed differs in {name}"
+                assert torch.equal(value, mine["resumed"][name]), (
+                    f"{kind}: resumed differs in {name}"
+                )
             assert set(mine["trained"]) == {"weight", "bias"}
             if dtype == torch.float32:
-                torch.testing.assert_close(mine["norms"], ranks[0][dtype]["plain"]["norms"], rtol=1e-5, atol=1e-7)
-                torch.testing.assert_close(mine["state"], ranks[0][dtype]["plain"]["state"], rtol=1e-5, atol=1e-7)
+                torch.testing.assert_close(
+                    mine["norms"], ranks[0][dtype]["plain"]["norms"], rtol=1e-5, atol=1e-7
+                )
+                torch.testing.assert_close(
+                    mine["state"], ranks[0][dtype]["plain"]["state"], rtol=1e-5, atol=1e-7
+                )
 
 
 @pytest.mark.slow

@@ -47,25 +47,41 @@ def run(tmp_path_factory, tiny_llama, byte_tokenizer) -> Path:
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("sets") / "few.jsonl"
-    path.write_text("".join(json.dumps({"prompt": p, "harmful": h, "category": c}) + "\n" for p, h, c in PROMPTS))
+    path.write_text(
+        "".join(
+            json.dumps({"prompt": p, "harmful": h, "category": c}) + "\n" for p, h, c in PROMPTS
+        )
+    )
     return str(path)
 
 
 def judge(prompts, responses):
     """A user's judge, by module:function."""
-    return {"reward": [float(len(set(r))) for r in responses], "cost": [len(r) % 5 - 2.5 for r in responses]}
+    return {
+        "reward": [float(len(set(r))) for r in responses],
+        "cost": [len(r) % 5 - 2.5 for r in responses],
+    }
 
 
 def evaluated(folder, whats, sets, **more):
-    options = Options(max_new_tokens=6, **{k: more.pop(k) for k in ("temperature", "batch") if k in more})
+    options = Options(
+        max_new_tokens=6, **{k: more.pop(k) for k in ("temperature", "batch") if k in more}
+    )
     plan = job.make_plan(whats, sets, judges=[f"{__name__}:judge"], options=options, **more)
     told: list[str] = []
-    rows = job.evaluate(plan, str(folder / "report"), cache=str(folder / "cache"), workers=0, say=told.append)
+    rows = job.evaluate(
+        plan, str(folder / "report"), cache=str(folder / "cache"), workers=0, say=told.append
+    )
     return rows, told
 
 
 def test_whole(tmp_path, run, prompts):
-    rows, told = evaluated(tmp_path, [str(run), f"{run}:safety", str(run / "experts/helpfulness")], [prompts], against="base")
+    rows, told = evaluated(
+        tmp_path,
+        [str(run), f"{run}:safety", str(run / "experts/helpfulness")],
+        [prompts],
+        against="base",
+    )
     assert [(r["model"], r["family"]) for r in rows[::4]] == [
         ("mine: base", "base"),
         ("mine", "routed"),
@@ -76,7 +92,14 @@ def test_whole(tmp_path, run, prompts):
     routed = [r for r in rows if r["family"] == "routed"]
     assert all(0 < r["gate_safety"] < 1 for r in routed)
     assert all("gate_safety" not in r for r in rows if r["family"] != "routed")
-    for name in ("report.html", "report.json", "summary.csv", "answers.csv", "answers.parquet", "charts/picture-few.svg"):
+    for name in (
+        "report.html",
+        "report.json",
+        "summary.csv",
+        "answers.csv",
+        "answers.parquet",
+        "charts/picture-few.svg",
+    ):
         assert (tmp_path / "report" / name).stat().st_size > 100, name
     report = json.loads((tmp_path / "report/report.json").read_text())
     assert len(report["examples"]) == 4
@@ -87,7 +110,9 @@ def test_whole(tmp_path, run, prompts):
     assert report["curves"]["router of mine: loss"] == [[1.0, 1.0], [2.0, 0.5]]
     assert report["routing"][0]["prompts"] == 4
     assert "phrases, version" in report["about"]["judges"]
-    assert any(c["name"].startswith("mine against mine: base: win rate") for c in report["comparisons"])
+    assert any(
+        c["name"].startswith("mine against mine: base: win rate") for c in report["comparisons"]
+    )
     again, told_again = evaluated(tmp_path, [str(run)], [prompts])
     assert [r["response"] for r in again] == [r["response"] for r in routed]
     assert told_again[0] == "answers of mine: 4 cached, 0 to do"
@@ -113,7 +138,13 @@ def test_figures_are_the_csvs(tmp_path, run, prompts):
     assert {line["figure"] for line in lines} == set(column)
     for line in lines:
         name, harmful, sign = column[line["figure"]]
-        mine = [r for r in answers if r["model"] == line["model"] and r["set"] == line["set"] and harmful in ("", r["harmful"])]
+        mine = [
+            r
+            for r in answers
+            if r["model"] == line["model"]
+            and r["set"] == line["set"]
+            and harmful in ("", r["harmful"])
+        ]
         mine = [r for r in mine if r["category"] == line.get("category", r["category"])]
         numbers = {"true": 1.0, "false": 0.0}
         each: dict[str, list[float]] = {}
@@ -123,8 +154,12 @@ def test_figures_are_the_csvs(tmp_path, run, prompts):
         values = np.array([np.mean(v) for v in each.values()])
         assert line["value"] == pytest.approx(values.mean(), abs=1e-12)
         assert line["prompts"] == len(values)
-        draws = values[np.random.default_rng(0).integers(len(values), size=(2000, len(values)))].mean(1)
-        assert [line["low"], line["high"]] == pytest.approx(np.percentile(draws, [2.5, 97.5]).tolist(), abs=1e-12)
+        draws = values[
+            np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
+        ].mean(1)
+        assert [line["low"], line["high"]] == pytest.approx(
+            np.percentile(draws, [2.5, 97.5]).tolist(), abs=1e-12
+        )
 
 
 def test_sampling_does_not_depend_on_the_batch(tmp_path, run, prompts):
@@ -141,9 +176,15 @@ def test_parts_answer_as_forced_gates(tmp_path, run):
     """RUN:safety is the base with that adapter: what the routed model gives with its gates at (1, 0)."""
     from midpo_ray.models import load_routed
 
-    rows = [{"key": str(i), "messages": [["user", p]], "seed": 0, "map": False} for i, (p, _, _) in enumerate(PROMPTS)]
+    rows = [
+        {"key": str(i), "messages": [["user", p]], "seed": 0, "map": False}
+        for i, (p, _, _) in enumerate(PROMPTS)
+    ]
     options = {"max_new_tokens": 8}
-    parts = {part: Generator(vars(resolve(f"{run}:{part}")), options)(rows) for part in ("safety", "helpfulness", "base")}
+    parts = {
+        part: Generator(vars(resolve(f"{run}:{part}")), options)(rows)
+        for part in ("safety", "helpfulness", "base")
+    }
     routed = Generator(vars(resolve(str(run))), options)
     gates = load_routed(run).routing([p for p, _, _ in PROMPTS])
     for part, forced in {"safety": (1, 0), "helpfulness": (0, 1), "base": (0, 0)}.items():
@@ -151,7 +192,9 @@ def test_parts_answer_as_forced_gates(tmp_path, run):
             made = routed(rows)
         assert [m["response"] for m in made] == [m["response"] for m in parts[part]]
     free = routed(rows)
-    assert [np.mean(m["gates"]["safety"]) for m in free] == pytest.approx([g["safety"] for g in gates], abs=1e-4)
+    assert [np.mean(m["gates"]["safety"]) for m in free] == pytest.approx(
+        [g["safety"] for g in gates], abs=1e-4
+    )
 
 
 def test_draw_follows_the_distribution():
@@ -159,7 +202,9 @@ def test_draw_follows_the_distribution():
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0]).expand(4000, 4)
     keys = [f"{i * 2654435761 % 2**64:016x}" for i in range(4000)]
     drawn = Draw(keys, Options(temperature=1.0, max_new_tokens=3))(None, logits).argmax(-1)
-    assert torch.bincount(drawn, minlength=4).div(4000).tolist() == pytest.approx(logits[0].softmax(-1).tolist(), abs=0.03)
+    assert torch.bincount(drawn, minlength=4).div(4000).tolist() == pytest.approx(
+        logits[0].softmax(-1).tolist(), abs=0.03
+    )
     cut = Draw(keys, Options(temperature=1.0, top_p=0.8, max_new_tokens=3))(None, logits).argmax(-1)
     assert set(cut.tolist()) == {1, 2}
 
@@ -206,7 +251,14 @@ def test_cli(tmp_path, run, prompts, capsys, monkeypatch):
     assert (tmp_path / "runs/cache").is_dir()
     assert main([*words[:2], "--sets", "nothing"]) == 2
     assert "no known set" in capsys.readouterr().err
-    for bad in ("--prompts 0", "--seeds 0", "--batch 0", "--max-new-tokens 0", "--top-p 0", "--temperature -1"):
+    for bad in (
+        "--prompts 0",
+        "--seeds 0",
+        "--batch 0",
+        "--max-new-tokens 0",
+        "--top-p 0",
+        "--temperature -1",
+    ):
         assert main([*words[:2], "--sets", prompts, *bad.split()]) == 2
         told = capsys.readouterr().err
         assert bad.split()[0] in told
@@ -254,7 +306,14 @@ def test_a_killed_evaluation_goes_on(tmp_path):
     mark.write_text("")
     told: list[str] = []
     work = Job("work", Fails, {"mark": str(mark)}, 2, heavy=False)
-    values = compute(work, [{"key": str(i)} for i in range(20)], Storage(folder), address=None, workers=0, say=told.append)
+    values = compute(
+        work,
+        [{"key": str(i)} for i in range(20)],
+        Storage(folder),
+        address=None,
+        workers=0,
+        say=told.append,
+    )
     assert values == {str(i): {"twice": 2 * i} for i in range(20)}
     assert set(mark.read_text().split()) == {str(i) for i in range(20)} - done.keys()
     assert told == [f"work: {len(done)} cached, {20 - len(done)} to do"]
@@ -266,13 +325,30 @@ def test_on_ray(tmp_path, run, monkeypatch):
     import ray
 
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # so that actors find Fails
-    rows = [{"key": str(i), "messages": [["user", p]], "seed": 0, "map": False} for i, (p, _, _) in enumerate(PROMPTS)]
-    work = Job("answers", Generator, {"contender": vars(resolve(str(run))), "options": {"max_new_tokens": 6}}, 2)
+    rows = [
+        {"key": str(i), "messages": [["user", p]], "seed": 0, "map": False}
+        for i, (p, _, _) in enumerate(PROMPTS)
+    ]
+    work = Job(
+        "answers",
+        Generator,
+        {"contender": vars(resolve(str(run))), "options": {"max_new_tokens": 6}},
+        2,
+    )
     told: list[str] = []
     try:
-        far = compute(work, rows, Storage(tmp_path / "ray"), address=None, workers=2, say=told.append)
+        far = compute(
+            work, rows, Storage(tmp_path / "ray"), address=None, workers=2, say=told.append
+        )
         with pytest.raises(UserError, match=r"^row 3: not what was expected$"):
-            compute(Job("bad", Fails, {}, 2), rows, Storage(tmp_path / "bad"), address=None, workers=1, say=told.append)
+            compute(
+                Job("bad", Fails, {}, 2),
+                rows,
+                Storage(tmp_path / "bad"),
+                address=None,
+                workers=1,
+                say=told.append,
+            )
     finally:
         ray.shutdown()
     near = compute(work, rows, Storage(tmp_path / "here"), address=None, workers=0, say=told.append)
@@ -285,8 +361,12 @@ def test_real_sets_by_a_real_model(tmp_path, shared):
     """A trained model of 260 K parameters on XSTest and StrongREJECT: every answer is there, none of it a refusal."""
     data = shared / "data"
     sets = [str(data / "xstest_prompts.csv"), str(data / "strongreject_dataset.csv")]
-    plan = job.make_plan([str(data / "stories260k")], sets, limit=40, options=Options(max_new_tokens=40, batch=20))
-    rows = job.evaluate(plan, str(tmp_path / "report"), cache=str(tmp_path / "cache"), workers=0, say=lambda _: None)
+    plan = job.make_plan(
+        [str(data / "stories260k")], sets, limit=40, options=Options(max_new_tokens=40, batch=20)
+    )
+    rows = job.evaluate(
+        plan, str(tmp_path / "report"), cache=str(tmp_path / "cache"), workers=0, say=lambda _: None
+    )
     assert len(rows) == 80
     assert sum(r["refused"] for r in rows) <= 1
     assert {r["harmful"] for r in rows if r["set"] == "strongreject_dataset"} == {True}

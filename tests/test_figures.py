@@ -5,11 +5,27 @@ import math
 import numpy as np
 import pytest
 
-from midpo_ray.evaluation.figures import auroc, bootstrap, difference, prompt_values, seed_means, summarise, win_rate
+from midpo_ray.evaluation.figures import (
+    auroc,
+    bootstrap,
+    difference,
+    prompt_values,
+    seed_means,
+    summarise,
+    win_rate,
+)
 
 
 def row(id, harmful=None, seed=0, model="m", set="s", **scores):
-    return {"model": model, "set": set, "id": str(id), "seed": seed, "harmful": harmful, "category": "", **scores}
+    return {
+        "model": model,
+        "set": set,
+        "id": str(id),
+        "seed": seed,
+        "harmful": harmful,
+        "category": "",
+        **scores,
+    }
 
 
 def test_which_rows_count():

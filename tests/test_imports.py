@@ -31,7 +31,11 @@ def imported(path: Path) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
             module = ".".join(x for x in (base, node.module or "") if x)
-            names += [module, *(f"{module}.{a.name}" for a in node.names)] if module == "midpo_ray" else [module]
+            names += (
+                [module, *(f"{module}.{a.name}" for a in node.names)]
+                if module == "midpo_ray"
+                else [module]
+            )
     return names
 
 
@@ -45,7 +49,9 @@ def test_layers(path: Path) -> None:
         if parts[0] == "ray":
             assert LAYER[mine] >= LAYER["pipeline"], f"{mine} imports ray"
         if parts[0] == "deepspeed":
-            assert path.relative_to(PACKAGE) == Path("training/engine.py") or mine == "doctor", f"{path} imports deepspeed"
+            assert path.relative_to(PACKAGE) == Path("training/engine.py") or mine == "doctor", (
+                f"{path} imports deepspeed"
+            )
 
 
 def test_every_room_has_a_layer() -> None:

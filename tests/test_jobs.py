@@ -46,7 +46,15 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         server, path = self.server, self.path.rstrip("/")
         if path == "/api/version":
-            return self.answer(200, {"version": "4", "ray_version": ray.__version__, "ray_commit": "", "session_name": ""})
+            return self.answer(
+                200,
+                {
+                    "version": "4",
+                    "ray_version": ray.__version__,
+                    "ray_commit": "",
+                    "session_name": "",
+                },
+            )
         given = self.headers.get("Authorization")
         if server.token and given != f"Bearer {server.token}":
             return self.answer(403 if given else 401, "no")
@@ -56,10 +64,27 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(200 if path in server.packages else 404)
         if path == "/api/jobs" and self.command == "POST":
             asked = json.loads(body)
-            job = {"type": "SUBMISSION", "status": "RUNNING", "start_time": len(server.jobs) + 1, "message": "", **asked}
-            keys = ("type", "status", "start_time", "message", "entrypoint", "submission_id", "metadata", "runtime_env")
+            job = {
+                "type": "SUBMISSION",
+                "status": "RUNNING",
+                "start_time": len(server.jobs) + 1,
+                "message": "",
+                **asked,
+            }
+            keys = (
+                "type",
+                "status",
+                "start_time",
+                "message",
+                "entrypoint",
+                "submission_id",
+                "metadata",
+                "runtime_env",
+            )
             server.jobs[asked["submission_id"]] = {k: job[k] for k in keys}
-            return self.answer(200, {"job_id": asked["submission_id"], "submission_id": asked["submission_id"]})
+            return self.answer(
+                200, {"job_id": asked["submission_id"], "submission_id": asked["submission_id"]}
+            )
         if path == "/api/jobs":
             return self.answer(200, list(server.jobs.values()))
         job = server.jobs[path.split("/")[3]]
@@ -187,8 +212,15 @@ def test_an_open_job_api_that_others_reach_is_refused(server, home, monkeypatch,
 
 
 def test_loopback():
-    assert all(map(jobs.loopback, ("http://127.0.0.1:8265", "http://localhost:1", "http://[::1]:8265")))
-    assert not any(map(jobs.loopback, ("http://10.0.0.1:8265", "http://head:8265", "http://127.0.0.1.example.org")))
+    assert all(
+        map(jobs.loopback, ("http://127.0.0.1:8265", "http://localhost:1", "http://[::1]:8265"))
+    )
+    assert not any(
+        map(
+            jobs.loopback,
+            ("http://10.0.0.1:8265", "http://head:8265", "http://127.0.0.1.example.org"),
+        )
+    )
 
 
 @pytest.mark.parametrize(
@@ -196,12 +228,21 @@ def test_loopback():
     [
         ("model.path=./model", "model.path ./model: is relative to a folder of this machine"),
         ("model.path=~/model", "lies in this machine's own folders"),
-        ("data.sets.0.path=pairs.jsonl", "data.sets.0.path pairs.jsonl: is relative to a folder of this machine"),
+        (
+            "data.sets.0.path=pairs.jsonl",
+            "data.sets.0.path pairs.jsonl: is relative to a folder of this machine",
+        ),
         ("data.sets.0.path=/tmp/pairs.jsonl", "lies in this machine's own folders"),
         ("data.sets.0.path=/etc/hostname", "lies on this machine's own disk"),
-        ("scores.reward={model: scorers/mine/final}", "scores.reward.model scorers/mine/final: is relative"),
+        (
+            "scores.reward={model: scorers/mine/final}",
+            "scores.reward.model scorers/mine/final: is relative",
+        ),
         ("cache=cache", "cache cache: is relative"),
-        ("logging.wandb=wandb_v1_abcdefghijklmnopqrstuvwxyz", "logging.wandb: a Weights & Biases key by value"),
+        (
+            "logging.wandb=wandb_v1_abcdefghijklmnopqrstuvwxyz",
+            "logging.wandb: a Weights & Biases key by value",
+        ),
     ],
 )
 def test_refused_before_anything_is_asked(server, override, said, capsys):
@@ -213,10 +254,18 @@ def test_refused_before_anything_is_asked(server, override, said, capsys):
 
 
 def test_paths_that_nodes_see(tmp_path):
-    for path in ("builtin:miniature", "PKU-Alignment/alpaca-7b", "gpt2", "s3://bucket/model", "/mnt/midpo-elsewhere/pairs.jsonl"):
+    for path in (
+        "builtin:miniature",
+        "PKU-Alignment/alpaca-7b",
+        "gpt2",
+        "s3://bucket/model",
+        "/mnt/midpo-elsewhere/pairs.jsonl",
+    ):
         assert jobs.unseen(path, "/mnt/midpo-elsewhere/runs/x") is None
     assert jobs.unseen(str(tmp_path / "no"), "s3://bucket/run") is not None
-    assert jobs.unseen("/proc/self/nothing", "/proc/self/runs") == "is not there"  # the shared folder is here, the file is not
+    assert (
+        jobs.unseen("/proc/self/nothing", "/proc/self/runs") == "is not there"
+    )  # the shared folder is here, the file is not
     with pytest.raises(UserError, match="--run-dir runs/x: is relative"):
         jobs.load("miniature", [], None, "runs/x")
 
@@ -239,7 +288,12 @@ def test_fetch_copies_and_holds_to_the_hashes(tmp_path, capsys):
     assert main(["fetch", run.uri, "--to", str(tmp_path / "here")]) == 0
     assert "not finished yet: helpfulness, router" in capsys.readouterr().out
     there = Storage(tmp_path / "here").files()
-    assert there == ["experts/safety/adapter_model.safetensors", "manifest.json", "metrics/safety.jsonl", "run.yaml"]
+    assert there == [
+        "experts/safety/adapter_model.safetensors",
+        "manifest.json",
+        "metrics/safety.jsonl",
+        "run.yaml",
+    ]
     run.write("experts/safety/adapter_model.safetensors", b"other")
     assert main(["fetch", run.uri, "--to", str(tmp_path / "again")]) == 2
     assert "is not the file that the run wrote" in capsys.readouterr().err

@@ -22,14 +22,19 @@ disconnect()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("ss"), reason="needs root and ss (iproute2) for a network of its own")
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("ss"),
+    reason="needs root and ss (iproute2) for a network of its own",
+)
 def test_local_cluster_listens_on_loopback_alone(tmp_path):
     """In a network namespace with a routable address, which Ray would prefer."""
     network = (
         "ip link set lo up && ip link add d0 type veth peer name d1 && ip addr add 10.77.9.9/24 dev d0 && "
         "ip link set d0 up && ip link set d1 up && ip route add default via 10.77.9.1"
     )
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"HOME": str(tmp_path)}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
+        "HOME": str(tmp_path)
+    }
     done = subprocess.run(
         [*UNSHARE, "sh", "-c", f'{network} && exec "$0" -c "$1"', sys.executable, PROBE],
         capture_output=True, text=True, timeout=120, env=environment,

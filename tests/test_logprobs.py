@@ -45,7 +45,9 @@ def causal_lm(name: str, **keys) -> transformers.PreTrainedModel:
 
 
 def adapted(name: str, **keys):
-    model = add_lora(causal_lm(name, **keys), Lora(r=4, target_modules=("down_proj", "q_proj")), seed=1)
+    model = add_lora(
+        causal_lm(name, **keys), Lora(r=4, target_modules=("down_proj", "q_proj")), seed=1
+    )
     generator = torch.Generator().manual_seed(2)
     for key, parameter in model.named_parameters():
         if ".lora_B." in key:
@@ -64,18 +66,29 @@ def plain(model: nn.Module, documents: list[Document]) -> torch.Tensor:
     result = []
     for document in documents:
         for suffix in document.suffixes:
-            logits = model(input_ids=torch.tensor([document.prefix + suffix])).logits[0].double().log_softmax(-1)
+            logits = (
+                model(input_ids=torch.tensor([document.prefix + suffix]))
+                .logits[0]
+                .double()
+                .log_softmax(-1)
+            )
             places = torch.arange(len(document.prefix) - 1, len(document.prefix) + len(suffix) - 1)
             result.append(logits[places, torch.tensor(suffix)].sum().float())
     return torch.stack(result)
 
 
-def loss_and_gradients(model: nn.Module, log_probabilities: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def loss_and_gradients(
+    model: nn.Module, log_probabilities: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     zero = torch.zeros(len(log_probabilities) // 2)
-    loss = preference_loss(log_probabilities[0::2], log_probabilities[1::2], zero, zero, beta=0.1).sum()
+    loss = preference_loss(
+        log_probabilities[0::2], log_probabilities[1::2], zero, zero, beta=0.1
+    ).sum()
     model.zero_grad()
     loss.backward()
-    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def assert_same(one, two, tolerance: float = 1e-5) -> None:
@@ -83,7 +96,9 @@ def assert_same(one, two, tolerance: float = 1e-5) -> None:
     assert one[1].keys() == two[1].keys()
     for name in one[1]:
         scale = float(two[1][name].abs().max())
-        torch.testing.assert_close(one[1][name], two[1][name], rtol=tolerance, atol=tolerance * max(scale, 1e-3))
+        torch.testing.assert_close(
+            one[1][name], two[1][name], rtol=tolerance, atol=tolerance * max(scale, 1e-3)
+        )
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -97,8 +112,12 @@ def test_layouts_equal_the_plain_forward(name) -> None:
         torch.testing.assert_close(values, expected_values, rtol=1e-5, atol=1e-4)
         assert_same(loss_and_gradients(model, values), expected)
         with torch.no_grad():
-            torch.testing.assert_close(policy(collate(documents, layout)), expected_values, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(plain(model, documents), expected_values)  # the model's own forward is as before
+            torch.testing.assert_close(
+                policy(collate(documents, layout)), expected_values, rtol=1e-5, atol=1e-4
+            )
+    torch.testing.assert_close(
+        plain(model, documents), expected_values
+    )  # the model's own forward is as before
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -127,7 +146,10 @@ def test_attention_in_parts(monkeypatch) -> None:
 def test_a_window_matters() -> None:
     """The sliding window is honoured, not ignored: without it the values differ."""
     documents = pairs()
-    narrow, wide = (ResponseLogProbs(causal_lm("Mistral", sliding_window=w))(collate(documents)) for w in (5, 500))
+    narrow, wide = (
+        ResponseLogProbs(causal_lm("Mistral", sliding_window=w))(collate(documents))
+        for w in (5, 500)
+    )
     assert (narrow - wide).abs().max() > 0.1
 
 
@@ -138,12 +160,17 @@ def test_neighbours_and_padding_do_not_matter(layout) -> None:
     alone = torch.stack([policy(collate([d], layout)) for d in documents])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
     order = [3, 1, 5, 0, 2, 4]
-    torch.testing.assert_close(policy(collate([documents[i] for i in order], layout, pad_id=7)).view(-1, 2), alone[order])
+    torch.testing.assert_close(
+        policy(collate([documents[i] for i in order], layout, pad_id=7)).view(-1, 2), alone[order]
+    )
 
 
 def test_no_gradient_is_nan_with_padding() -> None:
     model = adapted("Llama")
-    documents = [Document([3], [[4], [5]]), Document(list(range(3, 30)), [list(range(40, 60)), list(range(60, 90))])]
+    documents = [
+        Document([3], [[4], [5]]),
+        Document(list(range(3, 30)), [list(range(40, 60)), list(range(60, 90))]),
+    ]
     _, gradients = loss_and_gradients(model, ResponseLogProbs(model)(collate(documents)))
     assert all(bool(g.isfinite().all()) for g in gradients.values())
 
@@ -169,7 +196,9 @@ def test_the_head_against_float64(softcap, bias, monkeypatch) -> None:
     values = head(hidden, labels)
     values.backward(upstream)
     exact = hidden.detach().double().requires_grad_()
-    logits = F.linear(exact, linear.weight.double(), None if linear.bias is None else linear.bias.double())
+    logits = F.linear(
+        exact, linear.weight.double(), None if linear.bias is None else linear.bias.double()
+    )
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     expected = logits.log_softmax(-1)[torch.arange(11), labels]
     expected.backward(upstream.double())
@@ -184,11 +213,17 @@ def test_the_head_against_float64(softcap, bias, monkeypatch) -> None:
 def test_a_head_that_trains() -> None:
     torch.manual_seed(0)
     linear = nn.Linear(16, 30)
-    head, hidden, labels = LogProbHead(linear, 4.0), torch.randn(7, 16, requires_grad=True), torch.randint(30, (7,))
+    head, hidden, labels = (
+        LogProbHead(linear, 4.0),
+        torch.randn(7, 16, requires_grad=True),
+        torch.randint(30, (7,)),
+    )
     head(hidden, labels).sum().backward()
     fused = hidden.grad.clone(), linear.weight.grad.clone()
     hidden.grad, linear.weight.grad = None, None
-    (4.0 * torch.tanh(linear(hidden) / 4.0)).log_softmax(-1)[torch.arange(7), labels].sum().backward()
+    (4.0 * torch.tanh(linear(hidden) / 4.0)).log_softmax(-1)[
+        torch.arange(7), labels
+    ].sum().backward()
     torch.testing.assert_close(fused, (hidden.grad, linear.weight.grad))
 
 
@@ -213,7 +248,10 @@ def test_names_and_ties_are_kept() -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert ResponseLogProbs(model).model.lm_head is policy.model.lm_head  # replaced once
     ids = torch.tensor([[5, 6, 7]])
-    torch.testing.assert_close(model.generate(ids, max_new_tokens=4), causal_lm("Llama, tied").generate(ids, max_new_tokens=4))
+    torch.testing.assert_close(
+        model.generate(ids, max_new_tokens=4),
+        causal_lm("Llama, tied").generate(ids, max_new_tokens=4),
+    )
 
 
 def test_the_backward_pass_stops_at_the_lowest_trainable_layer() -> None:
@@ -227,7 +265,9 @@ def test_the_backward_pass_stops_at_the_lowest_trainable_layer() -> None:
 
 
 def test_models_that_would_be_wrong_are_refused() -> None:
-    config = transformers.CohereConfig(**{k: v for k, v in SHAPE.items() if k != "head_dim"}, logit_scale=0.5)
+    config = transformers.CohereConfig(
+        **{k: v for k, v in SHAPE.items() if k != "head_dim"}, logit_scale=0.5
+    )
     scaled = transformers.CohereForCausalLM(config)
     with pytest.raises(UserError, match="logit_scale"):
         ResponseLogProbs(scaled)

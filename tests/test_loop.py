@@ -23,7 +23,14 @@ from midpo_ray.errors import UserError
 from midpo_ray.models import ResponseLogProbs, RoutedCausalLM, add_lora, load_base, route
 from midpo_ray.storage import Storage
 from midpo_ray.training.checkpoint import Checkpoints, name_of
-from midpo_ray.training.engine import Engine, deepspeed, deepspeed_settings, plain, prepare, trained_state
+from midpo_ray.training.engine import (
+    Engine,
+    deepspeed,
+    deepspeed_settings,
+    plain,
+    prepare,
+    trained_state,
+)
 from midpo_ray.training.log import Metrics, lines_until
 from midpo_ray.training.loop import Result, fit, stop_on_sigterm
 from midpo_ray.training.plan import Due, Plan, due, learning_rate, step_seed
@@ -60,11 +67,15 @@ def run(
     options = {"checkpoint": CHECKPOINT, "logging": LOGGING, **keys}
     return fit(
         engine=engine,
-        step=RouterStep(engine, routed, beta=0.5, prior=0.3) if routed else ExpertStep(engine, beta=0.5),
+        step=RouterStep(engine, routed, beta=0.5, prior=0.3)
+        if routed
+        else ExpertStep(engine, beta=0.5),
         table=data or table(),
         optim=optim,
         seed=3,
-        checkpoints=Checkpoints(storage / "checkpoints", keep=options["checkpoint"].keep, digest="d"),
+        checkpoints=Checkpoints(
+            storage / "checkpoints", keep=options["checkpoint"].keep, digest="d"
+        ),
         metrics=Metrics(storage / "metrics", "safety", options["logging"]) if first else None,
         **options,
     )
@@ -113,7 +124,9 @@ def test_metrics_are_written_at_intervals_and_at_the_end(undisturbed):
     assert records[3]["accuracy"] > 0.8
     assert records[3]["lr"] == learning_rate(7, TOTAL, OPTIM)
     assert set(records[0]) - set(records[1]) == {"lr", "grad_norm"}
-    times = [json.loads(line) for line in (folder / "metrics/safety.time.jsonl").read_text().splitlines()]
+    times = [
+        json.loads(line) for line in (folder / "metrics/safety.time.jsonl").read_text().splitlines()
+    ]
     assert [len(t["steps"]) for t in times] == [3, 3, 2]
     assert all(begin <= end for t in times for begin, end in t["steps"])
     assert all(t["tokens_per_second"] > 0 and len(t["nodes"]) == 1 for t in times)
@@ -131,18 +144,33 @@ def test_again_does_nothing(undisturbed):
 
 @pytest.mark.parametrize(
     ("step", "phase", "resumed"),
-    [(1, "train", 0), (4, "train", 2), (6, "log", 4), (4, "validate", 2), (6, "checkpoint", 4), (8, "train", 6)],
+    [
+        (1, "train", 0),
+        (4, "train", 2),
+        (6, "log", 4),
+        (4, "validate", 2),
+        (6, "checkpoint", 4),
+        (8, "train", 6),
+    ],
 )
-def test_killed_and_resumed_is_the_same_to_the_last_bit(tmp_path, undisturbed, step, phase, resumed):
+def test_killed_and_resumed_is_the_same_to_the_last_bit(
+    tmp_path, undisturbed, step, phase, resumed
+):
     folder, state = undisturbed
     with pytest.raises(Killed):
         run(one(), tmp_path, phase=kill_at(step, phase))
-    with open(tmp_path / "metrics/safety.jsonl", "ab") if step > 3 else open(os.devnull, "ab") as file:
+    with (
+        open(tmp_path / "metrics/safety.jsonl", "ab")
+        if step > 3
+        else open(os.devnull, "ab") as file
+    ):
         file.write(b'{"step": 9')  # it was writing
     engine = one()
     assert run(engine, tmp_path) == Result(TOTAL, TOTAL, resumed)
     assert same(engine.state(), state)
-    assert (tmp_path / "metrics/safety.jsonl").read_bytes() == (folder / "metrics/safety.jsonl").read_bytes()
+    assert (tmp_path / "metrics/safety.jsonl").read_bytes() == (
+        folder / "metrics/safety.jsonl"
+    ).read_bytes()
 
 
 def test_a_damaged_newest_checkpoint_costs_steps_and_nothing_else(tmp_path, undisturbed):
@@ -153,7 +181,9 @@ def test_a_damaged_newest_checkpoint_costs_steps_and_nothing_else(tmp_path, undi
     engine = one()
     assert run(engine, tmp_path) == Result(TOTAL, TOTAL, 4)
     assert same(engine.state(), state)
-    assert (tmp_path / "metrics/safety.jsonl").read_bytes() == (folder / "metrics/safety.jsonl").read_bytes()
+    assert (tmp_path / "metrics/safety.jsonl").read_bytes() == (
+        folder / "metrics/safety.jsonl"
+    ).read_bytes()
 
 
 def test_dropout_s_random_numbers_are_resumed(tmp_path):
@@ -184,7 +214,9 @@ def test_sigterm_leaves_a_checkpoint_and_the_same_command_goes_on(tmp_path, undi
     engine = one()
     assert run(engine, tmp_path) == Result(TOTAL, TOTAL, 5)
     assert same(engine.state(), state)
-    assert (tmp_path / "metrics/safety.jsonl").read_bytes() == (folder / "metrics/safety.jsonl").read_bytes()
+    assert (tmp_path / "metrics/safety.jsonl").read_bytes() == (
+        folder / "metrics/safety.jsonl"
+    ).read_bytes()
 
 
 def test_the_router_trains_its_gates(tmp_path):
@@ -193,7 +225,10 @@ def test_the_router_trains_its_gates(tmp_path):
     assert run(engine, tmp_path, routed=routed).finished
     records = [r for r in metrics_of(tmp_path) if r["split"] == "train"]
     assert records[-1]["loss"] < records[0]["loss"]
-    assert all(r["prior"] == pytest.approx(r["safety_gate"] + 1 - r["helpfulness_gate"], rel=1e-5) for r in records)
+    assert all(
+        r["prior"] == pytest.approx(r["safety_gate"] + 1 - r["helpfulness_gate"], rel=1e-5)
+        for r in records
+    )
     assert records[0]["prior"] != records[-1]["prior"]
     values = trained_state(engine, routed)
     assert values.keys() == set(routed.gate_state())
@@ -228,7 +263,10 @@ def test_a_non_finite_loss_names_its_row_and_is_not_kept(tmp_path, checkpoint):
     class Broken(ExpertStep):
         def __call__(self, batch):
             loss, values = super().__call__(batch)
-            bad = batch.signals["reference_chosen"] == table().split()[0].signals([victim])["reference_chosen"]
+            bad = (
+                batch.signals["reference_chosen"]
+                == table().split()[0].signals([victim])["reference_chosen"]
+            )
             return loss + (float("nan") if bad.any() else 0.0), values
 
     storage = Storage(tmp_path)
@@ -262,7 +300,9 @@ def test_a_non_finite_gradient_names_the_batch(tmp_path):
 
     step = ExpertStep(lambda tokens: Steep.apply(engine(tokens)), beta=0.5)
     storage = Storage(tmp_path)
-    with pytest.raises(UserError, match=r"step 1: the loss or its gradient is not finite, rows data\.jsonl"):
+    with pytest.raises(
+        UserError, match=r"step 1: the loss or its gradient is not finite, rows data\.jsonl"
+    ):
         fit(
             engine=engine, step=step, table=table(), optim=OPTIM, seed=3, metrics=None, checkpoint=CHECKPOINT, logging=LOGGING,
             checkpoints=Checkpoints(storage / "checkpoints", keep=2, digest="d"),
@@ -284,8 +324,12 @@ def test_due():
     assert due(4, 10, **every).validate
     assert due(5, 10, **every).checkpoint
     assert due(1, 10, since_checkpoint=60, **every).checkpoint
-    assert due(1, 10, stop_requested=True, **every) == Due(log=False, validate=False, checkpoint=True, stop=True)
-    assert due(10, 10, stop_requested=True, **every) == Due(log=True, validate=True, checkpoint=True, stop=False)
+    assert due(1, 10, stop_requested=True, **every) == Due(
+        log=False, validate=False, checkpoint=True, stop=True
+    )
+    assert due(10, 10, stop_requested=True, **every) == Due(
+        log=True, validate=True, checkpoint=True, stop=False
+    )
     never = config.Checkpoint(every_steps=None)
     assert not due(50, 100, logging=LOGGING, checkpoint=never, since_checkpoint=1e9).checkpoint
     assert due(100, 100, logging=config.Logging(), checkpoint=never).validate  # at the end at least
@@ -297,7 +341,11 @@ def test_learning_rate(schedule):
     rates = [learning_rate(step, 100, optim) for step in range(100)]
     assert rates[:10] == pytest.approx([0.05 * (i + 1) for i in range(10)])
     assert rates[10] == 0.5
-    after = {"cosine": 0.25 * (1 + math.cos(math.pi * 60 / 90)), "linear": 0.5 * 30 / 90, "constant": 0.5}
+    after = {
+        "cosine": 0.25 * (1 + math.cos(math.pi * 60 / 90)),
+        "linear": 0.5 * 30 / 90,
+        "constant": 0.5,
+    }
     assert rates[70] == pytest.approx(after[schedule])
     assert all(a >= b for a, b in pairwise(rates[10:]))
     assert learning_rate(0, 1, optim) > 0
@@ -313,18 +361,37 @@ def test_plan_is_the_same_for_every_world_and_covers_an_epoch():
     for world in (1, 2, 3):
         shares = [plan.micro_batches(2, rank, world) for rank in range(world)]
         assert len({len(share) for share in shares}) == 1
-        assert sorted(i for share in shares for rows in share for i in rows) == sorted(plan.batch(2))
+        assert sorted(i for share in shares for rows in share for i in rows) == sorted(
+            plan.batch(2)
+        )
 
 
 def test_step_seed_depends_on_all_it_is_given():
-    seeds = {step_seed(seed, step, rank) for seed in range(3) for step in range(3) for rank in range(3)}
+    seeds = {
+        step_seed(seed, step, rank) for seed in range(3) for step in range(3) for rank in range(3)
+    }
     assert len(seeds) == 27
     assert step_seed(0, 1, 2) == step_seed(0, 1, 2)
 
 
 def test_means():
-    sums = {"loss": 3.0, "pairs": 4.0, "tokens": 30.0, "padding": 10.0, "grad_norm": 5.0, "steps": 2.0, "prior": 15.0}
-    assert means(sums) == {"loss": 0.75, "pairs": 4, "tokens": 30, "padding": 0.25, "grad_norm": 2.5, "prior": 0.5}
+    sums = {
+        "loss": 3.0,
+        "pairs": 4.0,
+        "tokens": 30.0,
+        "padding": 10.0,
+        "grad_norm": 5.0,
+        "steps": 2.0,
+        "prior": 15.0,
+    }
+    assert means(sums) == {
+        "loss": 0.75,
+        "pairs": 4,
+        "tokens": 30,
+        "padding": 0.25,
+        "grad_norm": 2.5,
+        "prior": 0.5,
+    }
 
 
 def test_lines_until():
@@ -356,7 +423,10 @@ def make(kind: str | int, module: torch.nn.Module | None = None) -> Engine:
         return plain(module or expert(), OPTIM)
     persist = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     settings = deepspeed_settings(
-        config.DeepSpeed(stage=kind, extra=persist), OPTIM, "float32", torch.distributed.get_world_size()
+        config.DeepSpeed(stage=kind, extra=persist),
+        OPTIM,
+        "float32",
+        torch.distributed.get_world_size(),
     )
     kept = prepare(settings, on_gpu=False)
     engine = deepspeed(module or expert(), OPTIM, settings, "cpu")
@@ -367,7 +437,9 @@ def make(kind: str | int, module: torch.nn.Module | None = None) -> Engine:
 ROUTERS: tuple[str | int, ...] = ("plain", 2, 3)
 
 
-def whole_and_killed(rank: int, world: int, folder: str, kinds: list[str | int]) -> dict[str | int, bool]:
+def whole_and_killed(
+    rank: int, world: int, folder: str, kinds: list[str | int]
+) -> dict[str | int, bool]:
     exact = {}
     for kind in kinds:
         whole = make(kind)
@@ -382,14 +454,22 @@ def whole_and_killed(rank: int, world: int, folder: str, kinds: list[str | int])
         engines = [make(kind, ResponseLogProbs(r.model)) for r in routed]
         run(engines[0], f"{folder}/router-{kind}-whole", routed=routed[0])
         with pytest.raises(Killed):
-            run(engines[1], f"{folder}/router-{kind}-killed", routed=routed[1], phase=kill_at(6, "train"))
+            run(
+                engines[1],
+                f"{folder}/router-{kind}-killed",
+                routed=routed[1],
+                phase=kill_at(6, "train"),
+            )
         run(engines[2], f"{folder}/router-{kind}-killed", routed=routed[2])
         exact[f"router-{kind}"] = same(engines[0].state(), engines[2].state())
     settings = deepspeed_settings(config.DeepSpeed(stage=3), OPTIM, "float32", world)
     kept = prepare(settings, on_gpu=False)  # from here every rank loads its share only
     sharded = load_base(config.Model(path=f"{folder}/base"))
     exact["sharded"] = not sum(parameter.numel() for parameter in sharded.parameters())
-    run(deepspeed(ResponseLogProbs(add_lora(sharded, LORA, 1)), OPTIM, settings, "cpu"), f"{folder}/sharded")
+    run(
+        deepspeed(ResponseLogProbs(add_lora(sharded, LORA, 1)), OPTIM, settings, "cpu"),
+        f"{folder}/sharded",
+    )
     del kept
     for stage in ("plain", 2):  # begun by one rank, finished by two
         assert run(make(stage), f"{folder}/grown-{stage}").resumed_from == 4
@@ -397,7 +477,9 @@ def whole_and_killed(rank: int, world: int, folder: str, kinds: list[str | int])
 
 
 @pytest.mark.slow
-def test_two_ranks_all_stages_agree_with_one_and_resume_to_the_last_bit_and_elastically(tmp_path, undisturbed):
+def test_two_ranks_all_stages_agree_with_one_and_resume_to_the_last_bit_and_elastically(
+    tmp_path, undisturbed
+):
     folder, state = undisturbed
     kinds: list[str | int] = ["plain", 0, 1, 2, 3]
     for stage in ("plain", 2):
@@ -407,13 +489,18 @@ def test_two_ranks_all_stages_agree_with_one_and_resume_to_the_last_bit_and_elas
     llama().save_pretrained(tmp_path / "base")
     run(plain(ResponseLogProbs(alone.model), OPTIM), tmp_path / "router", routed=alone)
     exact = run_ranks(whole_and_killed, 2, str(tmp_path), kinds)
-    assert exact == [dict.fromkeys([*kinds, *(f"router-{kind}" for kind in ROUTERS), "sharded"], True)] * 2
+    assert (
+        exact
+        == [dict.fromkeys([*kinds, *(f"router-{kind}" for kind in ROUTERS), "sharded"], True)] * 2
+    )
     assert_close(tmp_path / "sharded", folder, 1e-5)
     for kind in ROUTERS:
         assert_close(tmp_path / f"router-{kind}-whole", tmp_path / "router", 1e-5)
     for kind in kinds:
         whole, killed = tmp_path / f"{kind}-whole", tmp_path / f"{kind}-killed"
-        assert (whole / "metrics/safety.jsonl").read_bytes() == (killed / "metrics/safety.jsonl").read_bytes(), kind
+        assert (whole / "metrics/safety.jsonl").read_bytes() == (
+            killed / "metrics/safety.jsonl"
+        ).read_bytes(), kind
         assert_close(whole, folder, 1e-5)
         last = Checkpoints(Storage(whole / "checkpoints"), keep=2, digest="d").load(TOTAL)
         torch.testing.assert_close(last.tensors, state, rtol=1e-4, atol=1e-6)

@@ -48,7 +48,11 @@ def test_nothing_to_do_after_all_is_done(recipe: Path, tmp_path: Path) -> None:
     finish(manifest, run, steps)
     assert set(reasons(recipe, run).values()) == {None}
     # placement, logging and checkpoints change no result
-    assert set(reasons(recipe, run, "router.group.workers=2", "logging.every=1", "checkpoint.keep=5").values()) == {None}
+    assert set(
+        reasons(
+            recipe, run, "router.group.workers=2", "logging.every=1", "checkpoint.keep=5"
+        ).values()
+    ) == {None}
 
 
 def test_an_expert_made_again_takes_its_router_along(recipe: Path, tmp_path: Path) -> None:
@@ -101,10 +105,14 @@ def test_a_deleted_or_altered_file_is_named(recipe: Path, tmp_path: Path) -> Non
     run.delete("router")
     assert reasons(recipe, run)["router"] == "router/file is missing"
     run.write("experts/safety/file", b"torn")
-    assert reasons(recipe, run)["safety"] == "experts/safety/file is not the file that the stage wrote"
+    assert (
+        reasons(recipe, run)["safety"] == "experts/safety/file is not the file that the stage wrote"
+    )
 
 
-def test_data_is_known_by_content(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_is_known_by_content(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.jsonl").write_text("one")
     first = fingerprints(load_config(recipe))["score"]["data"]

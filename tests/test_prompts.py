@@ -29,18 +29,41 @@ def told(prompts):
 
 def test_xstest_with_and_without_labels(tmp_path):
     rows = [
-        {"id": 7, "prompt": "kill a process?", "type": "homonyms", "label": "safe", "focus": "kill", "note": ""},
-        {"id": 9, "prompt": "kill a man?", "type": "contrast_homonyms", "label": "unsafe", "focus": "kill", "note": ""},
+        {
+            "id": 7,
+            "prompt": "kill a process?",
+            "type": "homonyms",
+            "label": "safe",
+            "focus": "kill",
+            "note": "",
+        },
+        {
+            "id": 9,
+            "prompt": "kill a man?",
+            "type": "contrast_homonyms",
+            "label": "unsafe",
+            "focus": "kill",
+            "note": "",
+        },
     ]
     new = load_prompts(table(tmp_path / "xs.csv", rows))
-    assert told(new) == [("kill a process?", False, "homonyms"), ("kill a man?", True, "contrast_homonyms")]
+    assert told(new) == [
+        ("kill a process?", False, "homonyms"),
+        ("kill a man?", True, "contrast_homonyms"),
+    ]
     assert [p.id for p in new] == ["7", "9"]
-    old = load_prompts(table(tmp_path / "old.csv", [{k: v for k, v in r.items() if k != "label"} for r in rows]))
+    old = load_prompts(
+        table(tmp_path / "old.csv", [{k: v for k, v in r.items() if k != "label"} for r in rows])
+    )
     assert told(old) == told(new)
 
 
 def test_sets_of_harmful_prompts(tmp_path):
-    reject = load_prompts(table(tmp_path / "s.csv", [{"category": "Fraud", "source": "x", "forbidden_prompt": "steal"}]))
+    reject = load_prompts(
+        table(
+            tmp_path / "s.csv", [{"category": "Fraud", "source": "x", "forbidden_prompt": "steal"}]
+        )
+    )
     assert told(reject) == [("steal", True, "Fraud")]
     bench = [
         {
@@ -57,13 +80,23 @@ def test_sets_of_harmful_prompts(tmp_path):
         ("write it", True, "illegal"),
         ("a page\n\n---\n\nwrite it", True, "illegal"),
     ]
-    hub = {"id": 0, "risk_area": "Malicious Uses", "types_of_harm": "a", "specific_harms": "b", "question": "how?"}
-    assert told(load_prompts(lines(tmp_path / "d.jsonl", [hub]))) == [("how?", True, "Malicious Uses")]
+    hub = {
+        "id": 0,
+        "risk_area": "Malicious Uses",
+        "types_of_harm": "a",
+        "specific_harms": "b",
+        "question": "how?",
+    }
+    assert told(load_prompts(lines(tmp_path / "d.jsonl", [hub]))) == [
+        ("how?", True, "Malicious Uses")
+    ]
     folder = tmp_path / "dna"
     folder.mkdir()
     lines(folder / "malicious_uses.jsonl", [{"prompt": "poach?", "intents": ["S003"]}])
     assert told(load_prompts(str(folder))) == [("poach?", True, "malicious uses")]
-    copy = load_prompts(lines(tmp_path / "StrongREJECT.jsonl", [{"prompt": "a", "category": "c"}]))  # the hub's other form
+    copy = load_prompts(
+        lines(tmp_path / "StrongREJECT.jsonl", [{"prompt": "a", "category": "c"}])
+    )  # the hub's other form
     assert told(copy) == [("a", True, "c")]
 
 
@@ -79,7 +112,11 @@ def test_wildguard_has_null_labels_and_responses(tmp_path):
         }
         for i, label in enumerate(["harmful", "unharmful", None])
     ]
-    assert [p.harmful for p in load_prompts(lines(tmp_path / "w.jsonl", rows))] == [True, False, None]
+    assert [p.harmful for p in load_prompts(lines(tmp_path / "w.jsonl", rows))] == [
+        True,
+        False,
+        None,
+    ]
 
 
 def test_pku_prompt_is_harmful_where_an_answer_is_unsafe(tmp_path):
@@ -99,7 +136,11 @@ def test_pku_prompt_is_harmful_where_an_answer_is_unsafe(tmp_path):
         row("x", True, False, response_1_harm_category={"Drugs": False, "Theft": True}),
         row("z", None, None),
     ]
-    assert told(load_prompts(lines(tmp_path / "p.jsonl", rows))) == [("x", True, "Theft"), ("y", False, ""), ("z", None, "")]
+    assert told(load_prompts(lines(tmp_path / "p.jsonl", rows))) == [
+        ("x", True, "Theft"),
+        ("y", False, ""),
+        ("z", None, ""),
+    ]
 
 
 def test_any_file_with_prompts(tmp_path):
@@ -107,7 +148,13 @@ def test_any_file_with_prompts(tmp_path):
         {"prompt": "a", "harmful": True, "category": "k"},
         {"prompt": "a", "harmful": True},
         {"prompt": "b", "label": "benign"},
-        {"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}, {"role": "user", "content": "s"}]},
+        {
+            "prompt": [
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": "r"},
+                {"role": "user", "content": "s"},
+            ]
+        },
         {"prompt": "held out", "split": "validation"},
     ]
     found = load_prompts(lines(tmp_path / "any.jsonl", rows))
@@ -152,10 +199,15 @@ def test_a_gated_set_says_what_to_do(monkeypatch):
     import datasets
 
     def refuse(*_, **__):
-        raise datasets.exceptions.DatasetNotFoundError("Dataset 'allenai/wildguardmix' is a gated dataset on the Hub.")
+        raise datasets.exceptions.DatasetNotFoundError(
+            "Dataset 'allenai/wildguardmix' is a gated dataset on the Hub."
+        )
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(UserError, match=r"is gated: accept its terms at https://huggingface\.co/datasets/allenai/wildguardmix"):
+    with pytest.raises(
+        UserError,
+        match=r"is gated: accept its terms at https://huggingface\.co/datasets/allenai/wildguardmix",
+    ):
         load_prompts("wildguardmix")
 
 

@@ -80,7 +80,10 @@ def test_every_format_gives_the_same_pairs(tmp_path, ending, gz):
 
 def test_lines_in_a_file_named_json_and_labels_as_floats_with_nan(tmp_path):
     assert len(read(jsonl(tmp_path / "a.json", numbered(3)))[0]) == 3
-    rows = [{**ROW, "better_response_id": 1.0}, {**ROW, "prompt": "q", "better_response_id": float("nan")}]
+    rows = [
+        {**ROW, "better_response_id": 1.0},
+        {**ROW, "prompt": "q", "better_response_id": float("nan")},
+    ]
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({name: [row[name] for row in rows] for name in ROW}), path)
     assert [p.better for p in read(path)[0]] == [1, None]
@@ -99,7 +102,13 @@ def test_a_folder_is_read_by_split(tmp_path):
 
 
 def test_other_columns_stay_for_scorers(tmp_path):
-    row = {**ROW, "reward_0": 1.5, "reward_1": -2, "response_0_harm_category": {"Drugs": True}, "note": None}
+    row = {
+        **ROW,
+        "reward_0": 1.5,
+        "reward_1": -2,
+        "response_0_harm_category": {"Drugs": True},
+        "note": None,
+    }
     assert read(jsonl(tmp_path / "a.jsonl", [row]))[0][0].extra == {"reward_0": 1.5, "reward_1": -2}
 
 
@@ -130,7 +139,9 @@ def test_chosen_and_rejected(tmp_path, row, prompt, responses):
     assert pair.margin is None
 
 
-@pytest.mark.parametrize(("labels", "expected"), [("better", (None, None, 0, None)), ("safer", (True, False, None, 0))])
+@pytest.mark.parametrize(
+    ("labels", "expected"), [("better", (None, None, 0, None)), ("safer", (True, False, None, 0))]
+)
 def test_what_chosen_means_and_the_margin(tmp_path, labels, expected):
     row = {"prompt": "Why?", "chosen": "A", "rejected": "B", "margin": 0.5}
     (pair,), _ = read(jsonl(tmp_path / "a.jsonl", [row]), labels=labels)
@@ -147,7 +158,10 @@ def test_dialogues_without_an_answer_to_compare_are_counted(tmp_path):
     ]
     pairs, report = read(jsonl(tmp_path / "a.jsonl", rows))
     assert len(pairs) == 1
-    assert report.dropped == {"dialogue without a last answer": 1, "dialogues part before the last answer": 1}
+    assert report.dropped == {
+        "dialogue without a last answer": 1,
+        "dialogues part before the last answer": 1,
+    }
 
 
 # Repeats and mixing
@@ -168,7 +182,11 @@ def test_identical_repeated_and_contradicting_rows(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", rows)
     (pair,), report = read(path)
     assert pair.labels == (True, None, 1, 0)
-    assert report.dropped == {"repeats an earlier row": 2, "contradicts an earlier row": 1, "identical responses": 1}
+    assert report.dropped == {
+        "repeats an earlier row": 2,
+        "contradicts an earlier row": 1,
+        "identical responses": 1,
+    }
     assert report.conflicts == [f"{path}:4 contradicts {path}:1 (better_response_id)"]
     json.dumps(report.as_dict())
 
@@ -259,7 +277,9 @@ FAULTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "content", "message"), FAULTS, ids=[f"{i}-{f[0]}" for i, f in enumerate(FAULTS)])
+@pytest.mark.parametrize(
+    ("name", "content", "message"), FAULTS, ids=[f"{i}-{f[0]}" for i, f in enumerate(FAULTS)]
+)
 def test_faults_are_told_in_one_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
@@ -267,14 +287,18 @@ def test_faults_are_told_in_one_line(tmp_path, name, content, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("path", ["/nowhere/rows.jsonl", "rows.parquet", "s3://bucket/rows", "a/b/c"])
+@pytest.mark.parametrize(
+    "path", ["/nowhere/rows.jsonl", "rows.parquet", "s3://bucket/rows", "a/b/c"]
+)
 def test_missing_file(path):
     with pytest.raises(UserError, match="no such file"):
         read(path)
 
 
 def test_a_hub_name_out_of_reach():
-    with pytest.raises(UserError, match="nobody/no-such-set: no such file or folder here, and as a set on the hub") as caught:
+    with pytest.raises(
+        UserError, match="nobody/no-such-set: no such file or folder here, and as a set on the hub"
+    ) as caught:
         read("nobody/no-such-set")
     assert "\n" not in str(caught.value)
 

@@ -24,7 +24,10 @@ def test_safety_expert_on_real_pairs(shared: Path, tmp_path: Path, objective: st
             {
                 "name": "real",
                 "model": {"path": str(base)},
-                "data": {"sets": [{"path": str(shared / "data/pku_safety_pairs.jsonl"), "rows": 320}], "max_length": 288},
+                "data": {
+                    "sets": [{"path": str(shared / "data/pku_safety_pairs.jsonl"), "rows": 320}],
+                    "max_length": 288,
+                },
                 "experts": {
                     "safety": {
                         "objective": {"name": objective, "beta": 0.1},
@@ -41,9 +44,17 @@ def test_safety_expert_on_real_pairs(shared: Path, tmp_path: Path, objective: st
         )
     )
     lines: list[str] = []
-    result = midpo_ray.run(midpo_ray.load_config(recipe), run_dir=str(tmp_path / "run"), until="safety", say=lines.append)
+    result = midpo_ray.run(
+        midpo_ray.load_config(recipe),
+        run_dir=str(tmp_path / "run"),
+        until="safety",
+        say=lines.append,
+    )
     assert result.ran == ["score", "safety"]
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics/safety.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "run/metrics/safety.jsonl").read_text().splitlines()
+    ]
     train = [r for r in rows if r["split"] == "train"]
     assert train[-1]["loss"] < train[0]["loss"] - 0.02
     held_out = next(r for r in rows if r["split"] == "validation")

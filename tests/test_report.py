@@ -35,7 +35,10 @@ HOSTILE = [
     '=HYPERLINK("http://127.0.0.1:9/x")',
     "http://127.0.0.1:9/ping <a href='http://127.0.0.1:9'>x</a>",
 ]
-WORDS = re.findall(r"\w+", "a safe way to go about it is first to look then to stop and write down what was seen before going on")
+WORDS = re.findall(
+    r"\w+",
+    "a safe way to go about it is first to look then to stop and write down what was seen before going on",
+)
 
 
 def rows(models, prompts=450, seed=0):
@@ -53,11 +56,34 @@ def rows(models, prompts=450, seed=0):
                 if not refused
                 else "I can't help with that."
             )
-            prompt = HOSTILE[i - 20] if 20 <= i < 20 + len(HOSTILE) else f"How would one do thing {i}?"
-            row = {"model": model, "family": family, "seed": 0, "set": "xstest", "id": str(i + 1), "prompt": prompt}
-            row |= {"harmful": harmful, "category": ["homonyms", "<i>figurative</i>", "privacy"][i % 3], "response": response}
-            row |= {"tokens": len(response) // 4, "truncated": False, "refused": refused, "cost": cost, "safe": cost < 0}
-            row |= {"reward": rng.gauss(0.8 - refuses - refused, 0.4), "gate_safety": 0.5, "gate_helpfulness": 0.5}
+            prompt = (
+                HOSTILE[i - 20] if 20 <= i < 20 + len(HOSTILE) else f"How would one do thing {i}?"
+            )
+            row = {
+                "model": model,
+                "family": family,
+                "seed": 0,
+                "set": "xstest",
+                "id": str(i + 1),
+                "prompt": prompt,
+            }
+            row |= {
+                "harmful": harmful,
+                "category": ["homonyms", "<i>figurative</i>", "privacy"][i % 3],
+                "response": response,
+            }
+            row |= {
+                "tokens": len(response) // 4,
+                "truncated": False,
+                "refused": refused,
+                "cost": cost,
+                "safe": cost < 0,
+            }
+            row |= {
+                "reward": rng.gauss(0.8 - refuses - refused, 0.4),
+                "gate_safety": 0.5,
+                "gate_helpfulness": 0.5,
+            }
             made.append(row)
     return made
 
@@ -71,19 +97,32 @@ def write(folder, models=MODELS, prompts=450, answers=None):
     at = {(r["model"], r["figure"]): r for r in summary if "category" not in r}
     points = []
     for model, family, *_ in models:
-        spans = [(at[model, f]["value"], at[model, f]["low"], at[model, f]["high"]) for f in ("helpfulness", "safe_rate")]
+        spans = [
+            (at[model, f]["value"], at[model, f]["low"], at[model, f]["high"])
+            for f in ("helpfulness", "safe_rate")
+        ]
         points.append(Point(model, family, "xstest", *spans[0], *spans[1]))
     rng = random.Random(1)
     gates = [
-        {"harmful": h, "safety": [0.3 + 0.4 * h + rng.gauss(0, 0.1) for _ in range(3)], "helpfulness": [0.5] * 3}
+        {
+            "harmful": h,
+            "safety": [0.3 + 0.4 * h + rng.gauss(0, 0.1) for _ in range(3)],
+            "helpfulness": [0.5] * 3,
+        }
         for h in [True, False] * 50
     ]
     values = {"safety": [[0.1, 0.5, 0.9, 0.2]] * 3, "helpfulness": [[0.5] * 4] * 3}
     example = {"tokens": ["How", " <b>", HOSTILE[0], "?"], "prompt_tokens": 3, **values}
-    examples = [{"title": HOSTILE[1], "harmful": False, **example}, {"title": "h", "harmful": True, **example}]
+    examples = [
+        {"title": HOSTILE[1], "harmful": False, **example},
+        {"title": "h", "harmful": True, **example},
+    ]
     a, b = ([r for r in answers if r["model"] == m[0]] for m in (models[-1], models[0]))
     value, low, high = win_rate(a, b, "reward")
-    over, unknown = {"n": prompts, "over": "prompts of xstest"}, {"value": 0.5, "low": None, "high": None}
+    over, unknown = (
+        {"n": prompts, "over": "prompts of xstest"},
+        {"value": 0.5, "low": None, "high": None},
+    )
     write_report(
         Storage(folder),
         title=f"XSTest {HOSTILE[0]}",
@@ -92,14 +131,33 @@ def write(folder, models=MODELS, prompts=450, answers=None):
         summary=summary,
         points=points,
         comparisons=[
-            {"name": "win rate <i>", "value": value, "low": low, "high": high, "reference": 0.5, **over},
+            {
+                "name": "win rate <i>",
+                "value": value,
+                "low": low,
+                "high": high,
+                "reference": 0.5,
+                **over,
+            },
             {"name": "difference", "value": 0.1, "low": math.nan, "high": math.nan, **over},
         ],
         routing={models[-1][0]: {"rows": gates, "examples": examples}},
         answers=answers,
-        curves={f"{s}: loss": [(i, math.exp(-i / 9)) for i in range(30)] for s in ("safety", HOSTILE[0])},
+        curves={
+            f"{s}: loss": [(i, math.exp(-i / 9)) for i in range(30)] for s in ("safety", HOSTILE[0])
+        },
         about={"command": HOSTILE[0], "configuration": "a: 1\nb: <2>"},
-        capability=[{"model": models[-1][0], "task": HOSTILE[1], "metric": "acc", "n": 9, "shots": 0, "stderr": None, **unknown}],
+        capability=[
+            {
+                "model": models[-1][0],
+                "task": HOSTILE[1],
+                "metric": "acc",
+                "n": 9,
+                "shots": 0,
+                "stderr": None,
+                **unknown,
+            }
+        ],
     )
     return Path(folder)
 
@@ -108,11 +166,15 @@ def test_files(tmp_path):
     folder = write(tmp_path / "r")
     page = (folder / "report.html").read_text("utf-8")
     assert (folder / "report.html").stat().st_size < 5_000_000
-    assert len(re.findall(r"<script", page)) == 2  # the data and the report's own: none of the rows made a third
+    assert (
+        len(re.findall(r"<script", page)) == 2
+    )  # the data and the report's own: none of the rows made a third
     own = re.sub(r'id="data">.*?</script>', "", page, flags=re.S)
     assert not re.search(r"(?:src|href)\s*=\s*[\"']?(?:https?:|//)", own)  # no network
     assert "default-src 'none'" in page
-    data = json.loads(page.partition('<script type="application/json" id="data">')[2].partition("</script>")[0])
+    data = json.loads(
+        page.partition('<script type="application/json" id="data">')[2].partition("</script>")[0]
+    )
     assert [p["answers"][0]["response"] for p in data["answers"]["prompts"][:3]] == HOSTILE[:3]
     for svg in (folder / "charts").glob("*.svg"):
         ET.parse(svg)  # well-formed, so every label is escaped
@@ -138,14 +200,35 @@ def test_what_does_not_fit_is_said():
 
 def test_empty_parts(tmp_path):
     """A report of refusals alone: no picture, no routing, no curves, no comparison."""
-    kept = ("model", "family", "seed", "set", "id", "prompt", "harmful", "category", "response", "tokens")
+    kept = (
+        "model",
+        "family",
+        "seed",
+        "set",
+        "id",
+        "prompt",
+        "harmful",
+        "category",
+        "response",
+        "tokens",
+    )
     answers = [{k: r[k] for k in kept} for r in rows(MODELS, 10)]
     nothing = {"points": [], "comparisons": [], "routing": None, "curves": {}, "about": {}}
-    write_report(Storage(tmp_path), title="t", x_name="x", y_name="y", summary=summarise(answers), answers=answers, **nothing)
+    write_report(
+        Storage(tmp_path),
+        title="t",
+        x_name="x",
+        y_name="y",
+        summary=summarise(answers),
+        answers=answers,
+        **nothing,
+    )
     assert "<svg" not in (tmp_path / "report.html").read_text("utf-8").partition("<script>")[0]
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-3.2, 0.011), (1e-9, 3e-9), (100.0, 1e6), (0.5, 0.5001)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 1.0), (-3.2, 0.011), (1e-9, 3e-9), (100.0, 1e6), (0.5, 0.5001)]
+)
 def test_ticks(low, high):
     found = ticks(low, high)
     assert 1 <= len(found) <= 7
@@ -197,7 +280,10 @@ def test_opens_fast_and_clean(shown):
     assert int(shown.run("document.documentElement.dataset.ready")) < 3000
     assert shown.errors == []
     assert [r for r in shown.requests if not r.startswith("file:")] == []
-    assert shown.run("document.querySelectorAll('#picture svg, #routing svg, #training svg').length") >= 7
+    assert (
+        shown.run("document.querySelectorAll('#picture svg, #routing svg, #training svg').length")
+        >= 7
+    )
     assert shown.run("document.querySelectorAll('section').length") == 8
     assert "acc" in shown.run("document.querySelector('#capability tbody').textContent")
     shown.picture(shown.folder / "top.png")
@@ -208,8 +294,12 @@ def test_hostile_rows_stay_inert(shown):
     shown.run("document.getElementById('reveal').click()")
     for number in range(3):  # the pages that hold them
         if number:
-            shown.run("[...document.querySelectorAll('#answers button')].find(b => b.textContent.startsWith('on')).click()")
-        markup = ", ".join(f"#answers {tag}, #capability {tag}" for tag in ("img", "script", "b", "i", "a", "svg"))
+            shown.run(
+                "[...document.querySelectorAll('#answers button')].find(b => b.textContent.startsWith('on')).click()"
+            )
+        markup = ", ".join(
+            f"#answers {tag}, #capability {tag}" for tag in ("img", "script", "b", "i", "a", "svg")
+        )
         assert shown.run(f"document.querySelectorAll('{markup}').length") == 0
     pick(shown, "sort by", "")
     search(shown, "window.pwned")
@@ -244,16 +334,27 @@ def test_sorts(shown):
     values = rows(MODELS)
     pick(shown, "sort by", "1 reward")
     order = shown.run(f"{CELLS}.map(r => r.querySelector('td .meta').textContent)")
-    mine = sorted((r for r in values if r["family"] == "routed"), key=lambda r: round(r["reward"], 4))
+    mine = sorted(
+        (r for r in values if r["family"] == "routed"), key=lambda r: round(r["reward"], 4)
+    )
     assert order == [f"xstest · {r['id']}" for r in mine[:20]]
-    shown.run("[...document.querySelectorAll('#answers button')].find(b => b.textContent === '⇅').click()")
-    assert shown.run(f"{CELLS}[0].querySelector('td .meta').textContent") == f"xstest · {mine[-1]['id']}"
+    shown.run(
+        "[...document.querySelectorAll('#answers button')].find(b => b.textContent === '⇅').click()"
+    )
+    assert (
+        shown.run(f"{CELLS}[0].querySelector('td .meta').textContent")
+        == f"xstest · {mine[-1]['id']}"
+    )
     pick(shown, "sort by", "")
     first = "document.querySelector('#figures th.by:nth-child(2)')"
     heads = []
     for _ in range(2):
         shown.run(f"{first}.click()")
-        heads.append(shown.run(f"[{first}.getAttribute('aria-sort'), document.querySelector('#figures tbody td').textContent]"))
+        heads.append(
+            shown.run(
+                f"[{first}.getAttribute('aria-sort'), document.querySelector('#figures tbody td').textContent]"
+            )
+        )
     assert {h[0] for h in heads} == {"ascending", "descending"}
     assert heads[0][1] != heads[1][1]
 
@@ -266,7 +367,9 @@ def test_harmful_text_is_hidden_until_asked_for(shown):
     assert "How would one do thing 300?" not in shown.run("document.body.innerText")
     shown.run("document.querySelector('#answers button.reveal').click()")
     assert shown.run("document.querySelectorAll('#answers .text').length") == 3
-    assert shown.run("document.querySelectorAll('#routing .tokens').length") == 2  # the benign example's two gates
+    assert (
+        shown.run("document.querySelectorAll('#routing .tokens').length") == 2
+    )  # the benign example's two gates
     shown.run("document.querySelector('#routing button').click()")
     assert shown.run("document.querySelectorAll('#routing .tokens').length") == 4
     assert shown.errors == []

@@ -23,7 +23,13 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_llama, byte_tokenizer) 
     data = smallworld.write(folder / "pairs.jsonl", smallworld.rows(80))
     optim = {"lr": 1e-2, "steps": 6, "batch_size": 8, "batch_tokens": 512}
     scores = {kind: {"model": str(folder / f"run/reward/{kind}")} for kind in ("reward", "cost")}
-    smallworld.recipe(folder, folder / "model", data, scores={**scores, "workers": 1}, reward_model={"optim": optim})
+    smallworld.recipe(
+        folder,
+        folder / "model",
+        data,
+        scores={**scores, "workers": 1},
+        reward_model={"optim": optim},
+    )
     return folder
 
 
@@ -36,7 +42,9 @@ def test_both_kinds_are_trained_and_measured(world: Path) -> None:
     assert both.returncode == 0, both.stderr
     assert "cost: to run" not in both.stdout
     said: list[str] = []
-    report = train_score_models(load_config(world / "small.yaml"), run_dir=str(world / "run"), say=said.append)
+    report = train_score_models(
+        load_config(world / "small.yaml"), run_dir=str(world / "run"), say=said.append
+    )
     assert "nothing to do: reward, cost are done" in said[0]
     assert report == json.loads((world / "run/reward/report.json").read_text())
     for kind in ("reward", "cost"):
@@ -45,7 +53,10 @@ def test_both_kinds_are_trained_and_measured(world: Path) -> None:
         assert told["pairs"] + told["training_pairs"] == 80
         assert 0 <= told["accuracy"][1] <= told["accuracy"][0] <= told["accuracy"][2] <= 1
         assert AutoModelForSequenceClassification.from_pretrained(folder).config.num_labels == 1
-        steps = [json.loads(line)["step"] for line in (world / f"run/metrics/{kind}.jsonl").read_text().splitlines()]
+        steps = [
+            json.loads(line)["step"]
+            for line in (world / f"run/metrics/{kind}.jsonl").read_text().splitlines()
+        ]
         assert steps == [2, 4, 6, 6]
         assert not (world / f"run/reward/{kind}.work").exists()
     assert report["cost"]["sign"]["responses"] == 2 * report["cost"]["pairs"]
@@ -54,8 +65,14 @@ def test_both_kinds_are_trained_and_measured(world: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.validation=0", "no pair with better_response_id is held out to measure the model on; data.validation is 0"),
-        ("reward_model.lora.target_modules=[nothing]", "lora.target_modules: 'nothing' matches no Linear"),
+        (
+            "data.validation=0",
+            "no pair with better_response_id is held out to measure the model on; data.validation is 0",
+        ),
+        (
+            "reward_model.lora.target_modules=[nothing]",
+            "lora.target_modules: 'nothing' matches no Linear",
+        ),
         ("reward_model.layers=0", "key reward_model.layers: input should be greater than 0"),
         ("reward_model.kind=x", "unknown key reward_model.kind"),
         ("reward_model.layers=9", "reward_model.layers is 9, .* has 2"),
@@ -65,5 +82,9 @@ def test_both_kinds_are_trained_and_measured(world: Path) -> None:
 )
 def test_bad_input_is_one_line_before_ray_starts(world: Path, override: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
-        train_score_models(load_config(world / "small.yaml", [override]), run_dir=str(world / "bad"), say=lambda _: None)
+        train_score_models(
+            load_config(world / "small.yaml", [override]),
+            run_dir=str(world / "bad"),
+            say=lambda _: None,
+        )
     assert "\n" not in str(error.value)

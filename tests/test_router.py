@@ -10,7 +10,14 @@ import torch
 from routing_world import make_adapter, make_run, padded, peft_logits, routed_of, tokens
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from midpo_ray.data.batching import Document, collate
 from midpo_ray.errors import UserError
@@ -23,7 +30,13 @@ SHAPE = {
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2, "initializer_range": 0.2,
 }  # fmt: skip
-FAMILIES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "gemma": GemmaConfig}
+FAMILIES = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "gemma": GemmaConfig,
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +49,24 @@ def run_dir(tmp_path_factory, tiny_llama, byte_tokenizer) -> Path:
 def test_forced_gates_are_plain_peft(tmp_path, family, scope):
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        AutoModelForCausalLM.from_config(FAMILIES[family](**SHAPE)).save_pretrained(tmp_path / "base")
+        AutoModelForCausalLM.from_config(FAMILIES[family](**SHAPE)).save_pretrained(
+            tmp_path / "base"
+        )
     make_adapter(tmp_path / "base", tmp_path / "experts/safety", 1)
     make_adapter(tmp_path / "base", tmp_path / "experts/helpfulness", 2, r=6, alpha=9)
     routed, ids = routed_of(tmp_path, scope=scope), tokens(2, 9)
-    for forced, adapter in (((1, 0), "experts/safety"), ((0, 1), "experts/helpfulness"), ((0, 0), None)):
+    for forced, adapter in (
+        ((1, 0), "experts/safety"),
+        ((0, 1), "experts/helpfulness"),
+        ((0, 0), None),
+    ):
         expected = peft_logits(tmp_path / "base", adapter and tmp_path / adapter, input_ids=ids)
         with torch.no_grad(), routed.force_gates(*forced):
             torch.testing.assert_close(routed(input_ids=ids).logits, expected, atol=1e-5, rtol=0)
     with torch.no_grad():
-        assert (routed(input_ids=ids).logits - expected).abs().max() > 1e-2  # the gates are its own again
+        assert (
+            routed(input_ids=ids).logits - expected
+        ).abs().max() > 1e-2  # the gates are its own again
 
 
 def test_experts_keep_alpha_over_r(run_dir):
@@ -75,7 +96,11 @@ def test_gates_start_at_a_half_and_learn(run_dir, kind):
     assert trained
     assert all(".gate." in name for name in trained)
     last = {"linear": "gate.weight", "bottleneck": "2.weight", "mlp": "2.weight"}[kind]
-    assert all(p.grad.abs().max() > 0 for name, p in routed.named_parameters() if name.endswith(last) and ".gate" in name)
+    assert all(
+        p.grad.abs().max() > 0
+        for name, p in routed.named_parameters()
+        if name.endswith(last) and ".gate" in name
+    )
     with routed.force_gates(0.5, 0.5):
         half = routed(input_ids=ids).logits
     torch.testing.assert_close(routed(input_ids=ids).logits, half, atol=1e-6, rtol=0)
@@ -96,7 +121,8 @@ def test_parameter_counts_at_7b():
     """Llama-7B: 32 layers, d_ff 11008."""
     with torch.device("meta"):
         count = {
-            kind: 32 * sum(p.numel() for p in make_gate(kind, 11008).parameters()) for kind in ("linear", "bottleneck", "mlp")
+            kind: 32 * sum(p.numel() for p in make_gate(kind, 11008).parameters())
+            for kind in ("linear", "bottleneck", "mlp")
         }
     assert count["bottleneck"] == pytest.approx(721e6, rel=0.005)
     assert count["linear"] == 32 * 2 * 11009 == 704_576  # 0.7 M, what the bottleneck folds into
@@ -127,13 +153,23 @@ def test_cached_decoding_is_one_full_forward(run_dir, scope, side):
             for row, prompt in enumerate(prompts):
                 if step == 0:
                     where = -1 if side == "left" else len(prompt) - 1
-                    torch.testing.assert_close(out.logits[row, where], expected[row, len(prompt) - 1], atol=1e-5, rtol=0)
+                    torch.testing.assert_close(
+                        out.logits[row, where], expected[row, len(prompt) - 1], atol=1e-5, rtol=0
+                    )
                 else:
-                    torch.testing.assert_close(out.logits[row, -1], expected[row, len(prompt) + step - 1], atol=1e-5, rtol=0)
+                    torch.testing.assert_close(
+                        out.logits[row, -1],
+                        expected[row, len(prompt) + step - 1],
+                        atol=1e-5,
+                        rtol=0,
+                    )
             mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], 1)
             positions = torch.tensor([[len(p) + step] for p in prompts])
             out = routed(
-                tails[:, step : step + 1], attention_mask=mask, position_ids=positions, past_key_values=out.past_key_values
+                tails[:, step : step + 1],
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=out.past_key_values,
             )
 
 
@@ -149,27 +185,49 @@ def test_gates_travel_with_the_cache(run_dir):
             torch.testing.assert_close(logits, alone, atol=1e-5, rtol=0)
         held = [gates.clone() for gates in one.routing_gates.values()]
         routed(tokens(1, 4, 5), past_key_values=one)
-        assert all(not torch.equal(a, b) for a, b in zip(held, one.routing_gates.values(), strict=True))
+        assert all(
+            not torch.equal(a, b) for a, b in zip(held, one.routing_gates.values(), strict=True)
+        )
         with pytest.raises(RuntimeError, match="1 rows"):
             routed(tokens(2, 1), past_key_values=one)
 
 
 @pytest.mark.parametrize("scope", ["last", "token"])
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}, {"prompt_lookup_num_tokens": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"use_cache": False}, {"prompt_lookup_num_tokens": 2}]
+)
 def test_generate_in_a_batch_is_one_by_one(run_dir, scope, options):
     routed = routed_of(run_dir, scope=scope)
-    prompts = [tokens(1, n, n)[0] for n in ((4, 9, 6) if "prompt_lookup_num_tokens" not in options else (8,))]
-    same = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **options}
+    prompts = [
+        tokens(1, n, n)[0]
+        for n in ((4, 9, 6) if "prompt_lookup_num_tokens" not in options else (8,))
+    ]
+    same = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+        **options,
+    }
     batch = padded(prompts, "left")
-    together = routed.generate(batch["input_ids"], attention_mask=batch["attention_mask"], **same)[:, -8:]
+    together = routed.generate(batch["input_ids"], attention_mask=batch["attention_mask"], **same)[
+        :, -8:
+    ]
     plain = {k: v for k, v in same.items() if k not in ("use_cache", "prompt_lookup_num_tokens")}
     for row, prompt in zip(together, prompts, strict=True):
-        torch.testing.assert_close(routed.generate(prompt[None], attention_mask=torch.ones(1, len(prompt)), **plain)[0, -8:], row)
+        torch.testing.assert_close(
+            routed.generate(prompt[None], attention_mask=torch.ones(1, len(prompt)), **plain)[
+                0, -8:
+            ],
+            row,
+        )
 
 
 def test_greedy_generation_follows_the_full_forward(run_dir):
     routed, prompt = routed_of(run_dir), tokens(1, 6)
-    made = routed.generate(prompt, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    made = routed.generate(
+        prompt, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     with torch.no_grad():
         logits = routed(made, prompt_lengths=[6]).logits
     assert logits[0, 5:-1].argmax(-1).tolist() == made[0, 6:].tolist()
@@ -194,7 +252,12 @@ def tree_batch() -> SimpleNamespace:
 
 def run_tree(routed, batch):
     with routed.anchored(batch):
-        return routed(batch.input_ids, attention_mask=batch.mask, position_ids=batch.position_ids, use_cache=False).logits
+        return routed(
+            batch.input_ids,
+            attention_mask=batch.mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        ).logits
 
 
 @pytest.mark.parametrize("scope", ["last", "token"])
@@ -205,8 +268,14 @@ def test_a_tree_is_two_rows(run_dir, scope):
         logits = run_tree(routed, batch)
         for row, prompt in ((0, 4), (1, 3)):
             for branch in (1, 2):
-                where = [t for t in range(9) if batch.document_ids[row, t] == 0 and batch.branch_ids[row, t] in (0, branch)]
-                alone = routed(batch.input_ids[row : row + 1, where], prompt_lengths=[prompt]).logits[0]
+                where = [
+                    t
+                    for t in range(9)
+                    if batch.document_ids[row, t] == 0 and batch.branch_ids[row, t] in (0, branch)
+                ]
+                alone = routed(
+                    batch.input_ids[row : row + 1, where], prompt_lengths=[prompt]
+                ).logits[0]
                 torch.testing.assert_close(logits[row, where], alone, atol=1e-5, rtol=0)
 
 
@@ -265,9 +334,17 @@ def test_gradient_checkpointing_agrees(run_dir, kind, scope):
 @pytest.mark.parametrize("scope", ["last", "token"])
 def test_log_probabilities_in_every_layout(run_dir, scope):
     """Tree, packed and padded rows, checkpointed or not: the same log-probabilities, gradients and, where rows agree, prior."""
-    documents = [Document([1, 5, 6, 7], [[8, 9, 2], [10, 2]]), Document([1, 11], [[12, 2], [13, 14, 15, 2]])]
+    documents = [
+        Document([1, 5, 6, 7], [[8, 9, 2], [10, 2]]),
+        Document([1, 11], [[12, 2], [13, 14, 15, 2]]),
+    ]
     results = []
-    for layout, checkpointing in (("tree", False), ("tree", True), ("packed", False), ("padded", False)):
+    for layout, checkpointing in (
+        ("tree", False),
+        ("tree", True),
+        ("packed", False),
+        ("padded", False),
+    ):
         routed = routed_of(run_dir, scope=scope).train()
         policy, batch = ResponseLogProbs(routed.model), collate(documents, layout)
         if checkpointing:
@@ -281,7 +358,9 @@ def test_log_probabilities_in_every_layout(run_dir, scope):
     for other in results[1:]:
         torch.testing.assert_close(other[:2], results[0][:2], atol=1e-5, rtol=1e-4)
     assert results[1][2] == pytest.approx(float(results[0][2]), abs=1e-6)
-    assert results[2][2] == pytest.approx(float(results[0][2]), abs=1e-6)  # packed: the same tokens; padded reads prompts twice
+    assert results[2][2] == pytest.approx(
+        float(results[0][2]), abs=1e-6
+    )  # packed: the same tokens; padded reads prompts twice
 
 
 def test_foreign_checkpointing_is_refused(run_dir):
@@ -305,8 +384,13 @@ def test_gate_gradient_is_the_finite_difference(scope):
     torch.manual_seed(0)
     routing = Routing(scope)
     experts = [(torch.randn(r, 6), torch.randn(5, r), 2.0) for r in (2, 3)]
-    layer = RoutedLinear(nn.Linear(6, 5).double().requires_grad_(False), experts, make_gate("linear", 6), routing, 0)
-    h, out_weight = torch.randn(2, 4, 6, dtype=torch.float64), torch.randn(2, 4, 5, dtype=torch.float64)
+    layer = RoutedLinear(
+        nn.Linear(6, 5).double().requires_grad_(False), experts, make_gate("linear", 6), routing, 0
+    )
+    h, out_weight = (
+        torch.randn(2, 4, 6, dtype=torch.float64),
+        torch.randn(2, 4, 5, dtype=torch.float64),
+    )
     weight = torch.randn(2, 6, dtype=torch.float64) * 0.3
     nn.init.normal_(layer.gate.bias)
 
@@ -327,7 +411,9 @@ def test_routing_reads_the_last_prompt_token(run_dir, byte_tokenizer, scope):
     rows, decisions = routed.gates(prompts, ["a", "an animal", "yes"]), routed.routing(prompts)
     for prompt, row, decision in zip(prompts, rows, decisions, strict=True):
         assert routed.routing([prompt])[0] == pytest.approx(decision, abs=1e-6)
-        assert decision["safety"] == pytest.approx(float(row["safety"][:, row["prompt_tokens"] - 1].mean()), abs=1e-6)
+        assert decision["safety"] == pytest.approx(
+            float(row["safety"][:, row["prompt_tokens"] - 1].mean()), abs=1e-6
+        )
         assert row["helpfulness"].shape == (2, len(row["tokens"]))
         assert (row["safety"].std(-1).max() < 1e-6) == (scope == "last")
     with routed.force_gates(0.25, 0.75):

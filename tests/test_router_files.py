@@ -27,12 +27,19 @@ def test_save_and_load(run_dir, tmp_path, byte_tokenizer, kind, scope):
     shutil.copytree(run_dir / "experts", tmp_path / "experts")
     routed, ids = routed_of(run_dir, byte_tokenizer, gate=kind, scope=scope).train(), tokens(2, 9)
     fresh = routed_of(run_dir, byte_tokenizer, random_gates=False, gate=kind, scope=scope)
-    save_router(fresh, tmp_path / "router", state={k: v.clone() for k, v in routed.gate_state().items()})
+    save_router(
+        fresh, tmp_path / "router", state={k: v.clone() for k, v in routed.gate_state().items()}
+    )
     given = (tmp_path / "router/router.safetensors").read_bytes()
     save_router(routed, tmp_path / "router")
     assert (tmp_path / "router/router.safetensors").read_bytes() == given
-    assert routed.gate_state().keys() == {name for name, p in routed.named_parameters() if p.requires_grad}
-    assert sorted(p.name for p in (tmp_path / "router").iterdir()) == ["router.json", "router.safetensors"]
+    assert routed.gate_state().keys() == {
+        name for name, p in routed.named_parameters() if p.requires_grad
+    }
+    assert sorted(p.name for p in (tmp_path / "router").iterdir()) == [
+        "router.json",
+        "router.safetensors",
+    ]
     with torch.no_grad():
         trained = routed(ids).logits
         for path in (tmp_path, tmp_path / "router"):
@@ -44,7 +51,10 @@ def test_save_and_load(run_dir, tmp_path, byte_tokenizer, kind, scope):
     half = load_routed(tmp_path, dtype="bfloat16")
     assert half.dtype == torch.bfloat16 == next(iter(half.layers.values())).low.dtype
     assert half(ids).logits.dtype == torch.bfloat16
-    ours, theirs = again.routing(["hello", "a longer prompt"]), routed.routing(["hello", "a longer prompt"])
+    ours, theirs = (
+        again.routing(["hello", "a longer prompt"]),
+        routed.routing(["hello", "a longer prompt"]),
+    )
     assert [pytest.approx(row, abs=1e-5) for row in theirs] == ours
 
 
@@ -53,7 +63,9 @@ def broken(folder: Path, change: str) -> None:
     experts, router = folder / "experts", folder / "router"
     if change == "hash":
         weights = load_file(experts / "safety/adapter_model.safetensors")
-        save_file({k: v + 1 for k, v in weights.items()}, experts / "safety/adapter_model.safetensors")
+        save_file(
+            {k: v + 1 for k, v in weights.items()}, experts / "safety/adapter_model.safetensors"
+        )
     elif change == "base":
         settings = json.loads((router / "router.json").read_text())
         settings["fingerprint"] = "0" * 32

@@ -56,25 +56,52 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama, byte_tokenize
 
 def test_run_directory(finished: Done) -> None:
     names = {p.name for p in finished.dir.iterdir()}
-    assert {"run.yaml", "manifest.json", "scored", "experts", "dual", "router", "metrics", "logs"} <= names
-    assert {p.name for p in (finished.dir / "experts").iterdir()} == {"safety", "helpfulness"}  # nothing half-made is left
+    assert {
+        "run.yaml",
+        "manifest.json",
+        "scored",
+        "experts",
+        "dual",
+        "router",
+        "metrics",
+        "logs",
+    } <= names
+    assert {p.name for p in (finished.dir / "experts").iterdir()} == {
+        "safety",
+        "helpfulness",
+    }  # nothing half-made is left
     for expert in ("safety", "helpfulness"):
         files = {p.name for p in (finished.dir / "experts" / expert).iterdir()}
         assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= files
     assert not list(finished.dir.rglob("*.tmp-*"))
     stages = json.loads((finished.dir / "manifest.json").read_text())["stages"]
     assert list(stages) == ["dual", "helpfulness", "router", "safety", "score"]
-    assert midpo_ray.load_config(finished.dir / "run.yaml") == midpo_ray.load_config(finished.recipe)
+    assert midpo_ray.load_config(finished.dir / "run.yaml") == midpo_ray.load_config(
+        finished.recipe
+    )
 
 
 def test_metrics(finished: Done) -> None:
     for stage in ("safety", "helpfulness", "router"):
-        rows = [json.loads(line) for line in (finished.dir / f"metrics/{stage}.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line)
+            for line in (finished.dir / f"metrics/{stage}.jsonl").read_text().splitlines()
+        ]
         train = [r for r in rows if r["split"] == "train"]
         assert [r["step"] for r in train] == [2, 4, 6]
-        assert {"loss", "accuracy", "reward_margin", "delta_chosen", "delta_rejected", "grad_norm", "lr"} <= set(train[0])
+        assert {
+            "loss",
+            "accuracy",
+            "reward_margin",
+            "delta_chosen",
+            "delta_rejected",
+            "grad_norm",
+            "lr",
+        } <= set(train[0])
         assert [r["step"] for r in rows if r["split"] == "validation"] == [6]
-    router = [json.loads(x) for x in (finished.dir / "metrics/router.jsonl").read_text().splitlines()]
+    router = [
+        json.loads(x) for x in (finished.dir / "metrics/router.jsonl").read_text().splitlines()
+    ]
     assert 0 < router[0]["safety_gate"] < 1
 
 
@@ -86,10 +113,14 @@ def test_adapters_load_in_plain_peft_and_the_routed_model_generates(finished: Do
     ids = torch.tensor([[1, 40, 41, 42, 43]])
     plain = {}
     for expert in ("safety", "helpfulness"):
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(finished.dir / "experts" / expert))
+        model = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(base), str(finished.dir / "experts" / expert)
+        )
         lora_b = [p for n, p in model.named_parameters() if "lora_B" in n]
         assert len(lora_b) == 2
-        assert all(p.abs().sum() > 0 for p in lora_b)  # an empty adapter is a known fault of ZeRO-3 savers
+        assert all(
+            p.abs().sum() > 0 for p in lora_b
+        )  # an empty adapter is a known fault of ZeRO-3 savers
         with torch.no_grad():
             plain[expert] = model(ids).logits
     routed = midpo_ray.load_routed(str(finished.dir))
@@ -97,14 +128,25 @@ def test_adapters_load_in_plain_peft_and_the_routed_model_generates(finished: Do
         with routed.force_gates(1, 0):
             torch.testing.assert_close(routed(ids).logits, plain["safety"], rtol=1e-5, atol=1e-5)
         with routed.force_gates(0, 1):
-            torch.testing.assert_close(routed(ids).logits, plain["helpfulness"], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                routed(ids).logits, plain["helpfulness"], rtol=1e-5, atol=1e-5
+            )
     assert routed.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > 5
     gates = routed.routing(["how to lift thing 3"])
     assert set(gates[0]) == {"safety", "helpfulness"}
     shown = midpo("generate", finished.dir, "--prompt", "how to lift", "--max-new-tokens", 4)
     assert shown.returncode == 0, shown.stderr
     assert "gates: safety 0." in shown.stdout
-    forced = midpo("generate", finished.dir, "--prompt", "how to lift", "--force-gates", "1,0", "--max-new-tokens", 4)
+    forced = midpo(
+        "generate",
+        finished.dir,
+        "--prompt",
+        "how to lift",
+        "--force-gates",
+        "1,0",
+        "--max-new-tokens",
+        4,
+    )
     assert "gates: safety 1.000, helpfulness 0.000" in forced.stdout
 
 
@@ -121,7 +163,10 @@ def test_only_what_is_missing_or_changed_runs(finished: Done) -> None:
 
     shutil.rmtree(finished.dir / "router")
     said = finished.again()
-    assert "router: to run, router/README.md is missing" in said or "router: to run, router/router" in said
+    assert (
+        "router: to run, router/README.md is missing" in said
+        or "router: to run, router/router" in said
+    )
     assert "safety: to run" not in said
     assert "score: to run" not in said
     assert (finished.dir / "router/router.safetensors").exists()
@@ -156,7 +201,10 @@ def overlap(run: Path) -> tuple[float, set[str], set[str]]:
     """Share of the shorter expert's training time in which the other trained too, and the nodes of both."""
     spans, nodes = [], []
     for stage in ("safety", "helpfulness"):
-        rows = [json.loads(line) for line in (run / f"metrics/{stage}.time.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line)
+            for line in (run / f"metrics/{stage}.time.jsonl").read_text().splitlines()
+        ]
         steps = [span for row in rows for span in row["steps"]]
         spans.append((steps[0][0], steps[-1][1]))
         nodes.append({n for row in rows for n in row["nodes"]})
@@ -170,7 +218,9 @@ def labelled_cluster():
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+    )
     for group in ("safety", "helpfulness"):
         cluster.add_node(num_cpus=1, labels={"midpo-group": group})
     yield cluster
@@ -178,10 +228,14 @@ def labelled_cluster():
     cluster.shutdown()
 
 
-def test_experts_train_at_once_on_their_own_nodes(tmp_path: Path, tiny_model_dir, labelled_cluster) -> None:
+def test_experts_train_at_once_on_their_own_nodes(
+    tmp_path: Path, tiny_model_dir, labelled_cluster
+) -> None:
     data = smallworld.write(tmp_path / "pairs.jsonl", smallworld.rows(60))
     path = smallworld.recipe(tmp_path, tiny_model_dir(), data)
-    placed = [f"experts.{g}.group.label_selector={{midpo-group: {g}}}" for g in ("safety", "helpfulness")]
+    placed = [
+        f"experts.{g}.group.label_selector={{midpo-group: {g}}}" for g in ("safety", "helpfulness")
+    ]
     longer = [f"experts.{g}.optim.steps=400" for g in ("safety", "helpfulness")]
     done = midpo(
         "run", path, *placed, *longer, "logging.every=50", "--run-dir", tmp_path / "run", "--address", labelled_cluster.address,
@@ -194,10 +248,15 @@ def test_experts_train_at_once_on_their_own_nodes(tmp_path: Path, tiny_model_dir
     assert safety != helpfulness
 
 
-def test_a_cluster_that_holds_one_expert_at_a_time_finishes_too(tmp_path: Path, tiny_model_dir) -> None:
+def test_a_cluster_that_holds_one_expert_at_a_time_finishes_too(
+    tmp_path: Path, tiny_model_dir
+) -> None:
     data = smallworld.write(tmp_path / "pairs.jsonl", smallworld.rows(30))
     path = smallworld.recipe(tmp_path, tiny_model_dir(), data)
-    wide = [f"{s}.group.cpus_per_worker={os.cpu_count()}" for s in ("experts.safety", "experts.helpfulness", "router")]
+    wide = [
+        f"{s}.group.cpus_per_worker={os.cpu_count()}"
+        for s in ("experts.safety", "experts.helpfulness", "router")
+    ]
     done = midpo("run", path, *wide, "--run-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "they run one after the other" in done.stdout
@@ -212,11 +271,25 @@ def test_a_killed_run_goes_on(tmp_path: Path, tiny_model_dir) -> None:
 
     data = smallworld.write(tmp_path / "pairs.jsonl", smallworld.rows(60))
     path = smallworld.recipe(tmp_path, tiny_model_dir(), data)
-    arguments = ("run", path, *(f"experts.{g}.optim.steps=300" for g in ("safety", "helpfulness")), "checkpoint.every_steps=20")
+    arguments = (
+        "run",
+        path,
+        *(f"experts.{g}.optim.steps=300" for g in ("safety", "helpfulness")),
+        "checkpoint.every_steps=20",
+    )
     straight = midpo(*arguments, "--run-dir", tmp_path / "straight")
     assert straight.returncode == 0, straight.stderr
-    command = [sys.executable, "-m", "midpo_ray.cli", *map(str, arguments), "--run-dir", str(tmp_path / "killed")]
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    command = [
+        sys.executable,
+        "-m",
+        "midpo_ray.cli",
+        *map(str, arguments),
+        "--run-dir",
+        str(tmp_path / "killed"),
+    ]
+    driver = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     work = tmp_path / "killed/experts/safety.work/checkpoints"
     deadline = time.monotonic() + 120
     while not (work.is_dir() and any(work.glob("step-*"))) and time.monotonic() < deadline:
@@ -228,8 +301,13 @@ def test_a_killed_run_goes_on(tmp_path: Path, tiny_model_dir) -> None:
     assert again.returncode == 0, again.stderr
     assert "score: to run" not in again.stdout
     for expert in ("safety", "helpfulness"):
-        one, two = (tmp_path / r / "experts" / expert / "adapter_model.safetensors" for r in ("straight", "killed"))
+        one, two = (
+            tmp_path / r / "experts" / expert / "adapter_model.safetensors"
+            for r in ("straight", "killed")
+        )
         assert one.read_bytes() == two.read_bytes()
-        metrics = [(tmp_path / r / f"metrics/{expert}.jsonl").read_text() for r in ("straight", "killed")]
+        metrics = [
+            (tmp_path / r / f"metrics/{expert}.jsonl").read_text() for r in ("straight", "killed")
+        ]
         assert metrics[0] == metrics[1]
     shutil.rmtree(tmp_path / "killed")

@@ -31,7 +31,11 @@ def binary(evidence: list[float]) -> tuple[float, float, float]:
         p = 1 / (1 + math.exp(-abs(e)))
         bins.setdefault(min(9, int((p - 0.5) * 20)), []).append((p, r))
     off = sum(abs(sum(p - r for p, r in members)) for members in bins.values())
-    return np.mean(right), np.mean([math.log1p(math.exp(-e)) for e in evidence]), off / len(evidence)
+    return (
+        np.mean(right),
+        np.mean([math.log1p(math.exp(-e)) for e in evidence]),
+        off / len(evidence),
+    )
 
 
 @pytest.mark.parametrize("kind", ["reward", "cost"])
@@ -47,7 +51,10 @@ def test_figures_are_the_textbooks(kind):
     if kind == "reward":
         assert "sign" not in got
     else:
-        costs, signs = given["chosen"] + given["rejected"], given["sign_chosen"] + given["sign_rejected"]
+        costs, signs = (
+            given["chosen"] + given["rejected"],
+            given["sign_chosen"] + given["sign_rejected"],
+        )
         evidence = [c * s for c, s in zip(costs, signs, strict=True) if s]
         assert [got["sign"][n][0] for n in names] == pytest.approx(binary(evidence))
         assert got["sign"]["responses"] == len(evidence)
@@ -60,6 +67,8 @@ def test_intervals_are_over_prompts_not_rows():
     right = np.array([0.0, 1.0] * 20)
     mean = lambda weight: np.average(right, weights=weight)  # noqa: E731
     _, low, high = over_prompts(mean, np.arange(40))
-    _, wide_low, wide_high = over_prompts(mean, np.arange(40) % 4)  # four prompts of ten like answers each
+    _, wide_low, wide_high = over_prompts(
+        mean, np.arange(40) % 4
+    )  # four prompts of ten like answers each
     assert (low, high) == pytest.approx((0.35, 0.65), abs=0.03)
     assert (wide_low, wide_high) == (0.0, 1.0)

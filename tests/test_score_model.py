@@ -19,7 +19,13 @@ from midpo_ray.config import Config, Scorer
 from midpo_ray.data.batching import Document, collate
 from midpo_ray.data.schema import Prompt
 from midpo_ray.models.base import check_targets
-from midpo_ray.models.score_model import ResponseScores, build_score_model, save_score_model, score_documents, scoring_tokenizer
+from midpo_ray.models.score_model import (
+    ResponseScores,
+    build_score_model,
+    save_score_model,
+    score_documents,
+    scoring_tokenizer,
+)
 from midpo_ray.models.scorers import load_scorer
 from midpo_ray.storage import Storage
 from midpo_ray.training.checkpoint import Checkpoints
@@ -29,8 +35,16 @@ from midpo_ray.training.loop import fit
 from midpo_ray.training.steps import ScoreStep, StepBatch
 from midpo_ray.training.table import ScoreTable
 
-PROMPTS: list[Prompt] = [(("user", "Is it late?"),), (("system", "Be brief."), ("user", "Hi")), (("user", "one"),)]
-RESPONSES = [("It is not.", "It is, and a longer answer."), ("Hello", "Hello!"), ("same" * 30 + "a", "same" * 30 + "b")]
+PROMPTS: list[Prompt] = [
+    (("user", "Is it late?"),),
+    (("system", "Be brief."), ("user", "Hi")),
+    (("user", "one"),),
+]
+RESPONSES = [
+    ("It is not.", "It is, and a longer answer."),
+    ("Hello", "Hello!"),
+    ("same" * 30 + "a", "same" * 30 + "b"),
+]
 
 
 def config(model: Path, template: str = "paper", max_length: int = 96, **section: Any) -> Config:
@@ -42,7 +56,10 @@ def config(model: Path, template: str = "paper", max_length: int = 96, **section
             "router": {"rule": "labels"},
             "experts": {name: {"objective": {"name": "dpo"}} for name in ("safety", "helpfulness")},
             "logging": {"every": 10, "tensorboard": False},
-            "reward_model": {"lora": {"r": 4, "alpha": 8, "target_modules": ["down_proj", "q_proj"]}, **section},
+            "reward_model": {
+                "lora": {"r": 4, "alpha": 8, "target_modules": ["down_proj", "q_proj"]},
+                **section,
+            },
         }
     )
 
@@ -80,7 +97,9 @@ def test_step_and_gradient_are_the_textbooks(tiny_model_dir, kind, train):
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
 
     def read(ids: list[int]) -> Tensor:
-        return module.model(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids))).logits[0, 0]
+        return module.model(
+            input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids))
+        ).logits[0, 0]
 
     total, right = torch.zeros(()), 0
     for b, document in enumerate(made):
@@ -103,17 +122,29 @@ def test_step_and_gradient_are_the_textbooks(tiny_model_dir, kind, train):
 def test_scores_do_not_depend_on_the_layout(tiny_model_dir, layout):
     module, made = scores(config(tiny_model_dir())), documents()
     with torch.no_grad():
-        torch.testing.assert_close(module(collate(made, layout)), module(collate(made)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            module(collate(made, layout)), module(collate(made)), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_the_first_loss_is_known(tiny_model_dir):
     module, given = ResponseScores(build_score_model(config(tiny_model_dir()))), batch(documents())
-    for kind, terms in (("reward", 6), ("cost", 6 + int(sum(s.abs().sum() for s in given.signals.values())))):
-        assert ScoreStep(module, kind).deviation(given).tolist() == [0.0, pytest.approx(terms * math.log(2), rel=1e-5)]
+    for kind, terms in (
+        ("reward", 6),
+        ("cost", 6 + int(sum(s.abs().sum() for s in given.signals.values()))),
+    ):
+        assert ScoreStep(module, kind).deviation(given).tolist() == [
+            0.0,
+            pytest.approx(terms * math.log(2), rel=1e-5),
+        ]
 
 
 def test_only_the_last_layers_get_the_lora(tiny_model_dir):
-    names = [n for n, p in build_score_model(config(tiny_model_dir(), layers=1)).named_parameters() if p.requires_grad]
+    names = [
+        n
+        for n, p in build_score_model(config(tiny_model_dir(), layers=1)).named_parameters()
+        if p.requires_grad
+    ]
     assert len(names) == 5
     assert all("layers.1." in name or name.endswith("score.weight") for name in names)
     settings = config(tiny_model_dir())
@@ -127,7 +158,9 @@ CHAT = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% en
 @pytest.mark.parametrize("template", ["auto", "chat", "paper", "### {prompt}\n### "])
 @pytest.mark.parametrize("train", ["lora", "full"])
 @pytest.mark.parametrize("pad", ["<pad>", None, "</s>"])
-def test_training_scorer_and_classifier_give_the_same_numbers(tmp_path, tiny_model_dir, template, train, pad):
+def test_training_scorer_and_classifier_give_the_same_numbers(
+    tmp_path, tiny_model_dir, template, train, pad
+):
     folder = tiny_model_dir(pad_token_id=None)
     special = json.loads((folder / "tokenizer_config.json").read_text()) | {"pad_token": pad}
     (folder / "tokenizer_config.json").write_text(json.dumps(special))
@@ -142,16 +175,25 @@ def test_training_scorer_and_classifier_give_the_same_numbers(tmp_path, tiny_mod
     assert made[2] is None  # they differ behind max_length alone
     with torch.no_grad():
         trained = module(collate(made[:2])).tolist()
-    prompts, responses = [p for p in PROMPTS[:2] for _ in range(2)], [r for pair in RESPONSES[:2] for r in pair]
-    assert load_scorer(Scorer(model=str(tmp_path / "saved")), "cost")(prompts, responses) == pytest.approx(trained, abs=1e-5)
+    prompts, responses = (
+        [p for p in PROMPTS[:2] for _ in range(2)],
+        [r for pair in RESPONSES[:2] for r in pair],
+    )
+    assert load_scorer(Scorer(model=str(tmp_path / "saved")), "cost")(
+        prompts, responses
+    ) == pytest.approx(trained, abs=1e-5)
 
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
     texts = [
-        tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in (*p, ("assistant", a))], tokenize=False)
+        tokenizer.apply_chat_template(
+            [{"role": r, "content": c} for r, c in (*p, ("assistant", a))], tokenize=False
+        )
         for p, a in zip(prompts, responses, strict=True)
     ]
-    given = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt", truncation=True)
+    given = tokenizer(
+        texts, add_special_tokens=False, padding=True, return_tensors="pt", truncation=True
+    )
     with torch.no_grad():
         read = model(input_ids=given["input_ids"], attention_mask=given["attention_mask"]).logits
     assert read.shape == (4, 1)
@@ -162,13 +204,18 @@ def test_training_scorer_and_classifier_give_the_same_numbers(tmp_path, tiny_mod
 
 def test_the_papers_format_is_its_text(tiny_model_dir, byte_tokenizer):
     tokenizer = scoring_tokenizer(config(tiny_model_dir()))
-    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "a {x}"}, {"role": "assistant", "content": 'b"'}]
+    messages = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "a {x}"},
+        {"role": "assistant", "content": 'b"'},
+    ]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert text == '<s>BEGINNING OF CONVERSATION: USER: S\n\na {x} ASSISTANT:b"</s>'
 
 
 @pytest.mark.parametrize(
-    ("template", "message"), [("chat", "has no chat template"), ("nothing", r"a text that holds \{prompt\}")]
+    ("template", "message"),
+    [("chat", "has no chat template"), ("nothing", r"a text that holds \{prompt\}")],
 )
 def test_templates_that_do_not_fit(tiny_model_dir, template, message):
     with pytest.raises(UserError, match=message):
@@ -177,7 +224,9 @@ def test_templates_that_do_not_fit(tiny_model_dir, template, message):
 
 def test_documents_share_what_is_alike(tiny_model_dir):
     tokenizer = scoring_tokenizer(config(tiny_model_dir(), max_length=1000))
-    for document, prompt, responses in zip(score_documents(tokenizer, PROMPTS, RESPONSES), PROMPTS, RESPONSES, strict=True):
+    for document, prompt, responses in zip(
+        score_documents(tokenizer, PROMPTS, RESPONSES), PROMPTS, RESPONSES, strict=True
+    ):
         assert document is not None
         for suffix, response in zip(document.suffixes, responses, strict=True):
             text = tokenizer.decode(document.prefix + suffix)

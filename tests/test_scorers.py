@@ -9,13 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from midpo_ray.config import Scorer
 from midpo_ray.errors import UserError
 from midpo_ray.models.scorers import conversation, load_scorer
 
-PROMPTS = [(("user", "Is it late?"),), (("user", "Hi"),), (("user", "one"), ("assistant", "two"), ("user", "three"))]
+PROMPTS = [
+    (("user", "Is it late?"),),
+    (("user", "Hi"),),
+    (("user", "one"), ("assistant", "two"), ("user", "three")),
+]
 RESPONSES = ["It is not.", "Hello, and a much longer answer than the others have.", "four"]
 
 
@@ -24,13 +34,22 @@ def score_model(tmp_path, tiny_llama, byte_tokenizer):
     """A checkpoint in PKU's format: the decoder under model., score_head, normalizer; ``shards`` writes an index too."""
 
     def make(
-        score_type: str = "cost", *, normalize: bool = False, shards: bool = False, head: int = 1, bias: bool = True
+        score_type: str = "cost",
+        *,
+        normalize: bool = False,
+        shards: bool = False,
+        head: int = 1,
+        bias: bool = True,
     ) -> Path:
         folder = tmp_path / "score"
         model = tiny_llama()
         model.save_pretrained(folder)
         byte_tokenizer.save_pretrained(folder)
-        weights = {k: v for k, v in load_file(folder / "model.safetensors").items() if k.startswith("model.")}
+        weights = {
+            k: v
+            for k, v in load_file(folder / "model.safetensors").items()
+            if k.startswith("model.")
+        }
         generator = torch.Generator().manual_seed(5)
         extra = {"score_head.weight": torch.randn(head, 32, generator=generator)}
         if bias:
@@ -42,15 +61,25 @@ def score_model(tmp_path, tiny_llama, byte_tokenizer):
         }
         if shards:
             (folder / "model.safetensors").unlink()
-            files = {"model-00001-of-00002.safetensors": weights, "model-00002-of-00002.safetensors": extra}
+            files = {
+                "model-00001-of-00002.safetensors": weights,
+                "model-00002-of-00002.safetensors": extra,
+            }
             for name, part in files.items():
                 save_file(part, folder / name, metadata={"format": "pt"})
-            index = {"metadata": {}, "weight_map": {key: name for name, part in files.items() for key in part}}
+            index = {
+                "metadata": {},
+                "weight_map": {key: name for name, part in files.items() for key in part},
+            }
             (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         else:
             save_file({**weights, **extra}, folder / "model.safetensors", metadata={"format": "pt"})
         config = json.loads((folder / "config.json").read_text())
-        config |= {"architectures": ["LlamaModelForScore" if shards else "LlamaForScore"], "score_type": score_type, "bias": bias}
+        config |= {
+            "architectures": ["LlamaModelForScore" if shards else "LlamaForScore"],
+            "score_type": score_type,
+            "bias": bias,
+        }
         config |= {"do_normalize": normalize, "normalizer_type": "RunningMeanStd", "score_dim": 1}
         (folder / "config.json").write_text(json.dumps(config))
         return folder
@@ -61,7 +90,9 @@ def score_model(tmp_path, tiny_llama, byte_tokenizer):
 @pytest.mark.parametrize("score_type", ["cost", "reward"])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("shards", [False, True])
-def test_score_model_by_hand(score_model, tiny_llama, byte_tokenizer, score_type, normalize, shards):
+def test_score_model_by_hand(
+    score_model, tiny_llama, byte_tokenizer, score_type, normalize, shards
+):
     folder = score_model(score_type, normalize=normalize, shards=shards)
     file = "model-00002-of-00002.safetensors" if shards else "model.safetensors"
     head = load_file(folder / file)
@@ -78,7 +109,9 @@ def test_score_model_by_hand(score_model, tiny_llama, byte_tokenizer, score_type
         with torch.no_grad():
             hidden = tiny_llama().model(ids).last_hidden_state[0, -1]
         value = float(head["score_head.weight"][0] @ hidden) + 0.25
-        expected.append(value if not normalize else (value - 1.5) / 2 if score_type == "reward" else value / 2)
+        expected.append(
+            value if not normalize else (value - 1.5) / 2 if score_type == "reward" else value / 2
+        )
     score = load_scorer(Scorer(model=str(folder)), score_type)
     assert score(PROMPTS, RESPONSES) == pytest.approx(expected, abs=1e-5)
     small = load_scorer(Scorer(model=str(folder)), score_type, batch_tokens=1)  # one row a pass
@@ -103,16 +136,27 @@ def test_long_input_keeps_its_eos(score_model, tiny_llama, byte_tokenizer):
     with torch.no_grad():
         hidden = tiny_llama().model(torch.tensor([ids])).last_hidden_state[0, -1]
     assert cut == [
-        pytest.approx(float(load_file(folder / "model.safetensors")["score_head.weight"][0] @ hidden) + 0.25, abs=1e-5)
+        pytest.approx(
+            float(load_file(folder / "model.safetensors")["score_head.weight"][0] @ hidden) + 0.25,
+            abs=1e-5,
+        )
     ]
 
 
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"score_type": "cost"}, "reward", "score_type is 'cost', used as reward: name it as scores.cost"),
+        (
+            {"score_type": "cost"},
+            "reward",
+            "score_type is 'cost', used as reward: name it as scores.cost",
+        ),
         ({"score_type": "reward"}, "cost", "score_type is 'reward', used as cost"),
-        ({"score_type": "cost", "head": 2}, "cost", r"score_head.weight is \(2, 32\), \(1, 32\) is expected"),
+        (
+            {"score_type": "cost", "head": 2},
+            "cost",
+            r"score_head.weight is \(2, 32\), \(1, 32\) is expected",
+        ),
     ],
 )
 def test_score_models_that_do_not_fit(score_model, options, kind, message):
@@ -141,7 +185,9 @@ def test_classifier_with_a_chat_template(tmp_path, byte_tokenizer, pad):
     got = load_scorer(Scorer(model=str(folder)), "reward")(PROMPTS[:2], RESPONSES[:2])
     model = LlamaForSequenceClassification.from_pretrained(folder).eval()
     for prompt, response, value in zip(PROMPTS, RESPONSES, got, strict=False):
-        ids = byte_tokenizer(f"<s>[user] {prompt[0][1]}[assistant] {response}</s>", add_special_tokens=False).input_ids
+        ids = byte_tokenizer(
+            f"<s>[user] {prompt[0][1]}[assistant] {response}</s>", add_special_tokens=False
+        ).input_ids
         assert ids[-1] == 2
         with torch.no_grad():
             hidden = model.model(torch.tensor([ids])).last_hidden_state[0, -1]
@@ -161,7 +207,9 @@ def test_classifier_of_a_pair_of_texts(tmp_path, byte_tokenizer):
     texts = ["Is it late?", "Hi", "user: one\nassistant: two\nuser: three"]
     for text, response, value in zip(texts, RESPONSES, got, strict=True):
         with torch.no_grad():
-            assert value == pytest.approx(float(model(**byte_tokenizer(text, response, return_tensors="pt")).logits), abs=1e-5)
+            assert value == pytest.approx(
+                float(model(**byte_tokenizer(text, response, return_tensors="pt")).logits), abs=1e-5
+            )
 
 
 @pytest.mark.parametrize("what", ["labels", "causal", "nothing", "pickle"])
@@ -205,7 +253,11 @@ def functions(tmp_path, monkeypatch):
 
 def test_a_function_gets_texts(functions):
     values = load_scorer(Scorer(function="my_scorer:lengths"), "reward")(PROMPTS, RESPONSES)
-    assert values == [11 + 10, 2 + len(RESPONSES[1]), len("user: one\nassistant: two\nuser: three") + 4]
+    assert values == [
+        11 + 10,
+        2 + len(RESPONSES[1]),
+        len("user: one\nassistant: two\nuser: three") + 4,
+    ]
     assert all(type(value) is float for value in values)
 
 

@@ -16,7 +16,11 @@ from midpo_ray.training.table import StageTable
 
 ASK = (("user", "how"),)
 # response: (tokens, reference log-probability, unconditional log-probability, reward, cost)
-SIGNALS = {"good": (4, -8.0, -12.0, 2.0, -1.0), "bad": (2, -3.0, -3.5, 0.5, 0.75), "mild": (3, -6.0, -9.0, 1.0, -2.0)}
+SIGNALS = {
+    "good": (4, -8.0, -12.0, 2.0, -1.0),
+    "bad": (2, -3.0, -3.5, 0.5, 0.75),
+    "mild": (3, -6.0, -9.0, 1.0, -2.0),
+}
 
 
 def scored() -> Scored:
@@ -71,16 +75,23 @@ def test_margin_in_units_of_the_scorers_deviation() -> None:
     costs = [c for *_, c in SIGNALS.values()]
     mean = sum(costs) / 3
     deviation = math.sqrt(sum((c - mean) ** 2 for c in costs) / 2)
-    assert columns("safety", name="spe_dpo", margin_unit="std")["margin"] == pytest.approx([1.75 / deviation, 2.75 / deviation])
+    assert columns("safety", name="spe_dpo", margin_unit="std")["margin"] == pytest.approx(
+        [1.75 / deviation, 2.75 / deviation]
+    )
 
 
 def test_margin_from_the_datas_column() -> None:
-    assert columns("safety", name="spe_dpo", margin_from="column", margin_scale=2.0)["margin"] == [0.6, 0.2]
+    assert columns("safety", name="spe_dpo", margin_from="column", margin_scale=2.0)["margin"] == [
+        0.6,
+        0.2,
+    ]
 
 
 @pytest.mark.parametrize("information", ["token", "total"])
 def test_b_dpo_weights_by_hand(information: str) -> None:
-    got = columns("safety", name="b_dpo", temperature=0.7, information=information, scaling="gradient_norm")
+    got = columns(
+        "safety", name="b_dpo", temperature=0.7, information=information, scaling="gradient_norm"
+    )
     for row, (chosen, rejected) in enumerate([("good", "bad"), ("mild", "bad")]):
         known = []
         for text in (chosen, rejected):
@@ -97,7 +108,10 @@ def test_scaling_alone_is_an_ablation() -> None:
     alone = columns("safety", name="b_dpo", scaling="imbalance", balance=False)
     assert alone["weight_chosen"] == [1, 1]
     assert alone["scale"] == weighted["scale"]
-    assert columns("safety", name="b_dpo", scaling="gradient_norm", balance=False)["scale"] == [1, 1]
+    assert columns("safety", name="b_dpo", scaling="gradient_norm", balance=False)["scale"] == [
+        1,
+        1,
+    ]
 
 
 def test_infinite_temperature_is_dpo() -> None:
@@ -128,14 +142,23 @@ def test_an_experts_pairs_may_be_mixed_or_the_routers() -> None:
 def test_a_margin_is_of_one_preference_so_it_takes_no_mixed_pairs() -> None:
     raw = config("helpfulness", name="spe_dpo").model_dump()
     raw["experts"]["helpfulness"]["pairs"] = "mixed"
-    with pytest.raises(ValueError, match=r"experts.helpfulness.pairs is mixed, and the scores of spe_dpo are of one preference"):
+    with pytest.raises(
+        ValueError,
+        match=r"experts.helpfulness.pairs is mixed, and the scores of spe_dpo are of one preference",
+    ):
         Config.model_validate(raw)
 
 
 def test_pairs_are_a_part_of_what_an_expert_hangs_on() -> None:
     raw = config("helpfulness", rule="pareto", name="dpo").model_dump()
     seen = {}
-    for pairs, rule in (("own", "pareto"), ("own", "labels"), ("mixed", "labels"), ("dual", "labels"), ("dual", "pareto")):
+    for pairs, rule in (
+        ("own", "pareto"),
+        ("own", "labels"),
+        ("mixed", "labels"),
+        ("dual", "labels"),
+        ("dual", "pareto"),
+    ):
         raw["experts"]["helpfulness"]["pairs"], raw["router"]["rule"] = pairs, rule
         seen[pairs, rule] = fingerprints(Config.model_validate(raw))["helpfulness"]
     assert seen["own", "pareto"] == seen["own", "labels"]
@@ -148,7 +171,9 @@ RULES = {"labels": [], "pareto": ["f:1", "f:2"], "ranked": ["f:3"], "pareto_labe
 @pytest.mark.parametrize(("rule", "ids"), RULES.items())
 def test_dual_rules(rule: str, ids: list[str]) -> None:
     if not ids:
-        with pytest.raises(UserError, match=r"no row is left for the stage router: .*not both safe"):
+        with pytest.raises(
+            UserError, match=r"no row is left for the stage router: .*not both safe"
+        ):
             stage_table(config(rule=rule), "router", scored())
         return
     table, summary = stage_table(config(rule=rule), "router", scored())
@@ -184,8 +209,13 @@ def test_each_distinct_response_is_scored_once_and_only_what_is_missing(tmp_path
 
 
 def test_units_hold_to_the_budget() -> None:
-    items = [Item(f"k{i}", Pair(((("user", f"p{i}"),)), (f"a{i}", "b")), 0, [1] * 3, [2] * (i + 1)) for i in range(10)]
+    items = [
+        Item(f"k{i}", Pair(((("user", f"p{i}"),)), (f"a{i}", "b")), 0, [1] * 3, [2] * (i + 1))
+        for i in range(10)
+    ]
     units = make_units(items, {"logp": {i.key for i in items}}, budget=20)
-    sizes = [sum(len(g["ids"]) + sum(len(r["ids"]) for r in g["responses"]) for g in u) for u in units]
+    sizes = [
+        sum(len(g["ids"]) + sum(len(r["ids"]) for r in g["responses"]) for g in u) for u in units
+    ]
     assert max(sizes) <= 20
     assert sum(len(u) for u in units) == 10

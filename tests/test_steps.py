@@ -22,8 +22,12 @@ SIGNALLED = {
 }
 
 
-def batch_of(data: StageTable, indices: list[int], layout: str = "tree", pairs_per_token: float = 0.0) -> StepBatch:
-    return StepBatch(collate(data.documents(indices), layout), data.signals(indices), pairs_per_token)
+def batch_of(
+    data: StageTable, indices: list[int], layout: str = "tree", pairs_per_token: float = 0.0
+) -> StepBatch:
+    return StepBatch(
+        collate(data.documents(indices), layout), data.signals(indices), pairs_per_token
+    )
 
 
 def trained() -> tuple[torch.nn.Module, list[Tensor]]:
@@ -44,8 +48,14 @@ def test_loss_and_metrics_are_the_sums_over_the_pairs():
     for i in indices:
         chosen, rejected = policy(collate(data.documents([i]), "padded")).tolist()
         row = {name: float(value[0]) for name, value in data.signals([i]).items()}
-        delta_chosen, delta_rejected = chosen - row["reference_chosen"], rejected - row["reference_rejected"]
-        h = beta * (row["weight_chosen"] * delta_chosen - row["weight_rejected"] * delta_rejected) - row["margin"]
+        delta_chosen, delta_rejected = (
+            chosen - row["reference_chosen"],
+            rejected - row["reference_rejected"],
+        )
+        h = (
+            beta * (row["weight_chosen"] * delta_chosen - row["weight_rejected"] * delta_rejected)
+            - row["margin"]
+        )
         values = {
             "loss": row["scale"] * (0.9 * math.log1p(math.exp(-h)) + 0.1 * math.log1p(math.exp(h))),
             "accuracy": float(delta_chosen > delta_rejected),
@@ -83,11 +93,18 @@ def gradients(split: list[list[int]], layout: str = "tree") -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("split", "layout"),
-    [([[0, 1, 2, 3]], "padded"), ([[0, 1, 2, 3]], "packed"), ([[3, 1, 0, 2]], "tree"), ([[2], [0, 3], [1]], "tree")],
+    [
+        ([[0, 1, 2, 3]], "padded"),
+        ([[0, 1, 2, 3]], "packed"),
+        ([[3, 1, 0, 2]], "tree"),
+        ([[2], [0, 3], [1]], "tree"),
+    ],
     ids=["padding", "packing", "order", "accumulation"],
 )
 def test_gradient_does_not_depend_on_layout_order_or_split(split, layout):
-    torch.testing.assert_close(gradients(split, layout), gradients([[0, 1, 2, 3]]), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        gradients(split, layout), gradients([[0, 1, 2, 3]]), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_the_untrained_policy_has_the_analytic_loss():
@@ -96,7 +113,9 @@ def test_the_untrained_policy_has_the_analytic_loss():
     deviation, expected = step.deviation(batch_of(data, indices)).tolist()
     signals = [(SIGNALLED["margin"][i], SIGNALLED["scale"][i]) for i in indices]
     softplus = lambda x: math.log1p(math.exp(x))  # noqa: E731
-    assert expected == pytest.approx(sum(s * (0.9 * softplus(m) + 0.1 * softplus(-m)) for m, s in signals), rel=1e-5)
+    assert expected == pytest.approx(
+        sum(s * (0.9 * softplus(m) + 0.1 * softplus(-m)) for m, s in signals), rel=1e-5
+    )
     assert deviation < 1e-3
     wrong = table(**SIGNALLED, reference_chosen=[-3.0] * 30)
     assert float(step.deviation(batch_of(wrong, indices))[0]) > 1.0
@@ -104,7 +123,9 @@ def test_the_untrained_policy_has_the_analytic_loss():
 
 def test_dpo_before_training_is_ln_2():
     step = ExpertStep(expert(), beta=0.1)
-    assert float(step.deviation(batch_of(table(), [0, 1]))[1]) == pytest.approx(2 * math.log(2), rel=1e-6)
+    assert float(step.deviation(batch_of(table(), [0, 1]))[1]) == pytest.approx(
+        2 * math.log(2), rel=1e-6
+    )
 
 
 class Routed:
@@ -133,7 +154,12 @@ class Routed:
 def test_the_prior_is_the_mean_over_the_global_batch_s_tokens_however_it_is_split(layout):
     data, rows_ = table(), [0, 1, 2, 3, 4]
     lengths = data.lengths("tree")
-    ids = [t for i in rows_ for part in [data.documents([i])[0]] for t in [*part.prefix, *part.suffixes[0], *part.suffixes[1]]]
+    ids = [
+        t
+        for i in rows_
+        for part in [data.documents([i])[0]]
+        for t in [*part.prefix, *part.suffixes[0], *part.suffixes[1]]
+    ]
     gates = torch.sigmoid(Routed().weight.detach())[:, :, ids]
     expected = float((gates[0] + 1 - gates[1]).mean())
     policy = lambda tokens: torch.zeros(tokens.responses)  # noqa: E731
@@ -141,14 +167,20 @@ def test_the_prior_is_the_mean_over_the_global_batch_s_tokens_however_it_is_spli
         model, total, sums = Routed(), 0.0, {}
         step = RouterStep(policy, model, beta=0.1, prior=0.5)
         for indices in split:
-            loss, metrics = step(batch_of(data, indices, layout, len(rows_) / sum(lengths[i] for i in rows_)))
+            loss, metrics = step(
+                batch_of(data, indices, layout, len(rows_) / sum(lengths[i] for i in rows_))
+            )
             total += (loss - metrics["loss"]) / len(rows_)
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         assert float(total.detach()) == pytest.approx(0.5 * expected, rel=1e-5)
         assert sums["prior"] / sums["tokens"] == pytest.approx(expected, rel=1e-5)
-        assert sums["safety_gate"] / sums["tokens"] == pytest.approx(float(gates[0].mean()), rel=1e-5)
-        assert sums["helpfulness_gate"] / sums["tokens"] == pytest.approx(float(gates[1].mean()), rel=1e-5)
+        assert sums["safety_gate"] / sums["tokens"] == pytest.approx(
+            float(gates[0].mean()), rel=1e-5
+        )
+        assert sums["helpfulness_gate"] / sums["tokens"] == pytest.approx(
+            float(gates[1].mean()), rel=1e-5
+        )
 
 
 def test_table_comes_back_from_its_bytes_and_splits():

@@ -33,7 +33,10 @@ def test_an_upload_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
 def test_a_uris_options_stay_behind_the_path(tmp_path: Path) -> None:
     shared = Storage("s3://bucket/path?region=x&endpoint_override=127.0.0.1:1")
     beneath = shared / "scored"
-    assert (beneath.root, beneath.uri.partition("?")[2]) == ("bucket/path/scored", shared.uri.partition("?")[2])
+    assert (beneath.root, beneath.uri.partition("?")[2]) == (
+        "bucket/path/scored",
+        shared.uri.partition("?")[2],
+    )
     cache = cache_folder(load_config("miniature"), shared)
     assert cache.root == "bucket/cache"
     with pytest.raises(UserError, match="a folder in it is expected"):

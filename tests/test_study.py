@@ -18,7 +18,16 @@ import yaml
 from midpo_ray.cli import main
 from midpo_ray.config import digest
 from midpo_ray.miniature import base as miniature
-from midpo_ray.study.numbers import above_front, by_seed, compare, difference, dominates, numbers, over_seeds, win_rates
+from midpo_ray.study.numbers import (
+    above_front,
+    by_seed,
+    compare,
+    difference,
+    dominates,
+    numbers,
+    over_seeds,
+    win_rates,
+)
 from midpo_ray.study.plan import plan
 from midpo_ray.study.spec import Comparison, load_study, shipped_studies
 
@@ -60,25 +69,61 @@ def contender(name: str, **keys):
         ({"seeds": [1, 1]}, "the seed 1 is there twice"),
         ({"seeds": [0, 0]}, "the seed 0 is there twice"),
         ({"main": "router"}, "no contender is named 'router', did you mean 'routed'?"),
-        ({"contenders": contender("safety", serve="base")}, "the contender 'safety' is there twice"),
-        ({"contenders": contender("again", serve="safety")}, "the contenders 'safety' and 'again' are the same"),
-        ({"contenders": contender("x", serve="both")}, "'base', 'safety', 'helpfulness', 'added' or 'routed'"),
-        ({"contenders": contender("x", serve="added")}, "x: gates: [safety, helpfulness] go with serve: added"),
-        ({"contenders": contender("x", serve="base", sets={})}, "unknown key contenders.6.sets, did you mean set?"),
-        ({"contenders": contender("x", serve="routed", set={"router.rho": 1})}, "x: set: unknown key router.rho"),
-        ({"contenders": contender("x", serve="routed", set={"data.validation": 0})}, "frozen signals or the seeds hang on it"),
-        ({"contenders": contender("x", serve="routed", set={"router.rule": "best"})}, "key router.rule"),
-        ({"comparisons": [{"of": "safety", "against": "nobody", "by": "cost"}]}, "no contender is named 'nobody'"),
+        (
+            {"contenders": contender("safety", serve="base")},
+            "the contender 'safety' is there twice",
+        ),
+        (
+            {"contenders": contender("again", serve="safety")},
+            "the contenders 'safety' and 'again' are the same",
+        ),
+        (
+            {"contenders": contender("x", serve="both")},
+            "'base', 'safety', 'helpfulness', 'added' or 'routed'",
+        ),
+        (
+            {"contenders": contender("x", serve="added")},
+            "x: gates: [safety, helpfulness] go with serve: added",
+        ),
+        (
+            {"contenders": contender("x", serve="base", sets={})},
+            "unknown key contenders.6.sets, did you mean set?",
+        ),
+        (
+            {"contenders": contender("x", serve="routed", set={"router.rho": 1})},
+            "x: set: unknown key router.rho",
+        ),
+        (
+            {"contenders": contender("x", serve="routed", set={"data.validation": 0})},
+            "frozen signals or the seeds hang on it",
+        ),
+        (
+            {"contenders": contender("x", serve="routed", set={"router.rule": "best"})},
+            "key router.rule",
+        ),
+        (
+            {"comparisons": [{"of": "safety", "against": "nobody", "by": "cost"}]},
+            "no contender is named 'nobody'",
+        ),
         ({"fronts": {"MODPO": ["nobody"]}}, "no contender is named 'nobody'"),
         ({"set": {"router.rules": "labels"}}, "unknown key router.rules, did you mean rule?"),
-        ({"set": {"model.path": "gpt2"}}, "sets is empty, and the recipe's model is not builtin:miniature"),
-        ({"sets": ["xstest"]}, "sets and judges: the prompts of builtin:miniature (no sets) go with its judge"),
+        (
+            {"set": {"model.path": "gpt2"}},
+            "sets is empty, and the recipe's model is not builtin:miniature",
+        ),
+        (
+            {"sets": ["xstest"]},
+            "sets and judges: the prompts of builtin:miniature (no sets) go with its judge",
+        ),
         ({"sets": ["xstest"], "judges": ["phrase"]}, "--judges phrase: phrases, reward=SCORER"),
         ({"recipe": "minature"}, "recipe 'minature' is not known, did you mean miniature?"),
     ],
 )
 def test_a_wrong_file_is_one_line(tmp_path, capsys, changes, words):
-    assert main(["study", write(tmp_path, content(**changes)), "--run-dir", str(tmp_path / "run")]) == 2
+    assert (
+        main(["study", write(tmp_path, content(**changes)), "--run-dir", str(tmp_path / "run")])
+        == 2
+    )
     told = capsys.readouterr().err
     assert words in told
     assert told.count("\n") == 1
@@ -96,7 +141,9 @@ def test_contenders_share_trainings(tmp_path):
     """By hand, for each of two seeds: two safety experts, a helpfulness expert, two routers on the same experts."""
     graph = plan(*load_study(write(tmp_path, content())), "test")
     trained = [u for u in graph.units.values() if u.kind == "trainings"]
-    assert sorted(u.stage for u in trained) == sorted(["safety", "safety", "helpfulness", "router", "router"] * 2)
+    assert sorted(u.stage for u in trained) == sorted(
+        ["safety", "safety", "helpfulness", "router", "router"] * 2
+    )
     assert len([u for u in graph.units.values() if u.kind == "worlds"]) == 2
     assert len(graph.answers) == 12
     places = {unit: place for place, unit in enumerate(graph.units)}
@@ -139,7 +186,9 @@ def test_other_prompts_or_another_judge_are_answers_anew(tmp_path, monkeypatch, 
     """The names stay, what they stand for changes: every answer is anew, every training stays."""
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "prompts.csv").write_text("prompt,harmful\nhello,0\n")
-    (tmp_path / "my_reward.py").write_text("def reward(prompts, responses):\n    return [0.0] * len(prompts)\n")
+    (tmp_path / "my_reward.py").write_text(
+        "def reward(prompts, responses):\n    return [0.0] * len(prompts)\n"
+    )
     judges = ["phrases", "reward=my_reward:reward"]
     path = write(tmp_path, content(seeds=[0], sets=[str(tmp_path / "prompts.csv")], judges=judges))
     before = plan(*load_study(path), "test")
@@ -148,9 +197,13 @@ def test_other_prompts_or_another_judge_are_answers_anew(tmp_path, monkeypatch, 
         file.write("\n# more\n")
     after = plan(*load_study(path), "test")
     assert not set(before.answers.values()) & set(after.answers.values())
-    assert set(before.units) - set(before.answers.values()) == set(after.units) - set(after.answers.values())
+    assert set(before.units) - set(before.answers.values()) == set(after.units) - set(
+        after.answers.values()
+    )
     said = [{graph.units[u].said for u in graph.answers.values()} for graph in (before, after)]
-    assert (said[0] == said[1]) == (changed == "my_reward.py")  # another judge: nothing is generated anew
+    assert (said[0] == said[1]) == (
+        changed == "my_reward.py"
+    )  # another judge: nothing is generated anew
 
 
 @pytest.mark.parametrize("name", shipped_studies())
@@ -180,10 +233,15 @@ def answers(values, *, seed=0, harmful=lambda i: i % 2 == 0, **columns):
 
 def test_intervals_over_seeds_by_hand():
     values = [0.5, 0.7, 0.4, 0.9, 0.6]
-    half = 2.776445105 * statistics.stdev(values) / math.sqrt(5)  # Student's t, 4 degrees of freedom, 97.5%
+    half = (
+        2.776445105 * statistics.stdev(values) / math.sqrt(5)
+    )  # Student's t, 4 degrees of freedom, 97.5%
     got = over_seeds(values)
     assert got["value"] == pytest.approx(0.62)
-    assert (got["low"], got["high"]) == (pytest.approx(0.62 - half, abs=1e-4), pytest.approx(0.62 + half, abs=1e-4))
+    assert (got["low"], got["high"]) == (
+        pytest.approx(0.62 - half, abs=1e-4),
+        pytest.approx(0.62 + half, abs=1e-4),
+    )
     assert over_seeds([0.5])["low"] is None
     assert over_seeds([])["value"] is None
 
@@ -199,7 +257,9 @@ def test_differences_are_paired_by_seed():
 def test_win_rates_by_hand():
     a, b = answers([1.0, 2.0, 0.0, 3.0]), answers([0.5, 2.0, 1.0, 1.0])
     assert win_rates(a, b, "reward") == {0: (1 + 0.5 + 0 + 1) / 4}
-    assert win_rates(a, b, "cost") == win_rates(a, b, "reward")  # here the cost is the reward, negated
+    assert win_rates(a, b, "cost") == win_rates(
+        a, b, "reward"
+    )  # here the cost is the reward, negated
 
 
 def test_equal_kl_is_read_between_the_strengths():
@@ -218,7 +278,9 @@ def test_equal_kl_is_read_between_the_strengths():
 
 
 def test_gates_separate():
-    rows = answers([1.0] * 4, gate_safety=[0.9, 0.2, 0.6, 0.7], gate_helpfulness=[0.1, 0.9, 0.5, 0.4])
+    rows = answers(
+        [1.0] * 4, gate_safety=[0.9, 0.2, 0.6, 0.7], gate_helpfulness=[0.1, 0.9, 0.5, 0.4]
+    )
     assert by_seed(rows, "auroc") == {0: 0.75}  # harmful .8 and .1, benign -.7 and .3
     assert math.isnan(by_seed(answers([1.0] * 4), "auroc")[0])
 
@@ -229,11 +291,20 @@ def figure(value, high):
 
 def test_what_dominates():
     assert dominates({"helpfulness": figure(-0.1, 0.1), "safe_rate": figure(-0.2, -0.1)})
-    assert not dominates({"helpfulness": figure(-0.1, 0.1), "safe_rate": figure(-0.2, 0.1)})  # within its interval
-    assert not dominates({"helpfulness": figure(0.1, 0.2), "safe_rate": figure(-0.2, -0.1)})  # worse on one axis
+    assert not dominates(
+        {"helpfulness": figure(-0.1, 0.1), "safe_rate": figure(-0.2, 0.1)}
+    )  # within its interval
+    assert not dominates(
+        {"helpfulness": figure(0.1, 0.2), "safe_rate": figure(-0.2, -0.1)}
+    )  # worse on one axis
     unknown = {"value": None, "low": None, "high": None, "n": 0}
     assert not dominates({"helpfulness": unknown, "safe_rate": figure(-0.2, -0.1)})
-    one = {"value": -0.1, "low": None, "high": None, "n": 1}  # of one seed: no interval, the values are all there is
+    one = {
+        "value": -0.1,
+        "low": None,
+        "high": None,
+        "n": 1,
+    }  # of one seed: no interval, the values are all there is
     assert dominates({"helpfulness": one, "safe_rate": one})
 
 
@@ -249,11 +320,27 @@ def test_a_front_is_read_at_equal_helpfulness():
 
 def test_the_best_rival_is_that_of_the_highest_joint_rate(tmp_path):
     study, _ = load_study(write(tmp_path, content()))
-    told = {"base": [-1.0, -1.0], "safety": [1.0, -1.0], "routed": [1.0, 1.0], "routed, token": [1.0, 1.0]}
-    rows = {name: [r for s in (0, 1) for r in answers(values, seed=s)] for name, values in told.items()}
+    told = {
+        "base": [-1.0, -1.0],
+        "safety": [1.0, -1.0],
+        "routed": [1.0, 1.0],
+        "routed, token": [1.0, 1.0],
+    }
+    rows = {
+        name: [r for s in (0, 1) for r in answers(values, seed=s)] for name, values in told.items()
+    }
     result = numbers(study, rows)
-    assert [c["name"] for c in result["contenders"]] == ["base", "safety", "routed", "routed, token"]
-    assert result["front"] == {"above": [], "best_rival": "safety", "joint_lead": over_seeds([0.5, 0.5])}
+    assert [c["name"] for c in result["contenders"]] == [
+        "base",
+        "safety",
+        "routed",
+        "routed, token",
+    ]
+    assert result["front"] == {
+        "above": [],
+        "best_rival": "safety",
+        "joint_lead": over_seeds([0.5, 0.5]),
+    }
     assert [d["against"] for d in result["differences"]] == ["base", "safety", "routed, token"]
     json.dumps(result)
 
@@ -262,7 +349,9 @@ def test_the_best_rival_is_that_of_the_highest_joint_rate(tmp_path):
 
 
 def records(folder: Path) -> dict[str, int]:
-    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.glob("*/*/record.json")}
+    return {
+        str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.glob("*/*/record.json")
+    }
 
 
 @pytest.mark.slow
@@ -277,8 +366,19 @@ def test_a_killed_study_goes_on(tmp_path):
     changes |= {f"experts.{e}.optim": optim for e in ("safety", "helpfulness")}
     path = write(tmp_path, content(seeds=[0], set=changes, answers={"prompts": 12}))
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "midpo_ray.cli", "study", path, "--run-dir", str(run), f"cache={tmp_path / 'cache'}"]
-    begun = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    command = [
+        sys.executable,
+        "-m",
+        "midpo_ray.cli",
+        "study",
+        path,
+        "--run-dir",
+        str(run),
+        f"cache={tmp_path / 'cache'}",
+    ]
+    begun = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     deadline = time.monotonic() + 240
     while len(records(run)) < 3 and time.monotonic() < deadline:
         assert begun.poll() is None, begun.communicate()[0]
@@ -301,10 +401,15 @@ def test_a_killed_study_goes_on(tmp_path):
     assert (run / "answers.csv").read_text().count("\n") == 6 * 12 + 1
     report = json.loads((run / "report.json").read_text())  # of one seed: intervals over prompts
     assert "over prompts" in report["about"]["intervals"]
-    joint = {r["model"]: r for r in report["summary"] if r["figure"] == "joint" and "category" not in r}
+    joint = {
+        r["model"]: r for r in report["summary"] if r["figure"] == "joint" and "category" not in r
+    }
     assert len(joint) == 6
     assert all(r["low"] <= r["value"] <= r["high"] and r["prompts"] == 12 for r in joint.values())
-    assert any(c["over"] == "prompts of miniature" and c["low"] <= c["value"] <= c["high"] for c in report["comparisons"])
+    assert any(
+        c["over"] == "prompts of miniature" and c["low"] <= c["value"] <= c["high"]
+        for c in report["comparisons"]
+    )
 
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 0

@@ -50,8 +50,14 @@ def plain(tokenizer, text):
 def test_paper_template_bos_once_and_eos_at_the_end(byte_tokenizer):
     tokenization = Tokenization(byte_tokenizer, data())
     ((prefix, (first, second)),) = tokenization.documents([pair()])
-    assert prefix == [BOS, *plain(byte_tokenizer, "BEGINNING OF CONVERSATION: USER: Why? ASSISTANT:")]
-    assert (first, second) == ([*plain(byte_tokenizer, "yes"), EOS], [*plain(byte_tokenizer, "no"), EOS])
+    assert prefix == [
+        BOS,
+        *plain(byte_tokenizer, "BEGINNING OF CONVERSATION: USER: Why? ASSISTANT:"),
+    ]
+    assert (first, second) == (
+        [*plain(byte_tokenizer, "yes"), EOS],
+        [*plain(byte_tokenizer, "no"), EOS],
+    )
     assert tokenization.prompt_ids((("user", "Why?"),)) == prefix
     assert not tokenization.counts
 
@@ -63,16 +69,22 @@ def test_paper_template_of_many_turns(byte_tokenizer):
     assert ids.count(EOS) == 1  # the template's, as one token
 
 
-@pytest.mark.parametrize("template", ["Q: {prompt}\nA:", "<s>Q: {prompt}\nA:", "<s><s>Q: {prompt}\nA:"])
+@pytest.mark.parametrize(
+    "template", ["Q: {prompt}\nA:", "<s>Q: {prompt}\nA:", "<s><s>Q: {prompt}\nA:"]
+)
 def test_a_template_of_one_s_own(byte_tokenizer, template):
-    ids = Tokenization(byte_tokenizer, data(template=template)).prompt_ids((("user", "{prompt} 50%"),))
+    ids = Tokenization(byte_tokenizer, data(template=template)).prompt_ids(
+        (("user", "{prompt} 50%"),)
+    )
     assert byte_tokenizer.decode(ids) == "<s>Q: {prompt} 50%\nA:"
 
 
 def test_chat_template_is_the_tokenizer_s_own(chatty):
     tokenizer = chatty()
     messages = [{"role": role, "content": content} for role, content in DIALOGUE]
-    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    expected = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
     assert Tokenization(tokenizer, data()).prompt_ids(DIALOGUE) == expected
     with_bos = Tokenization(chatty("{{ bos_token }}{{ bos_token }}" + CHATML), data())
     assert with_bos.prompt_ids(DIALOGUE) == [BOS, *expected]
@@ -87,7 +99,9 @@ def test_white_space_that_a_chat_template_has_before_an_answer(chatty):
 
 
 def test_null_context(byte_tokenizer, chatty):
-    assert byte_tokenizer.decode(Tokenization(byte_tokenizer, data()).null_ids) == "<s>" + PAPER.replace("{prompt}", "")
+    assert byte_tokenizer.decode(
+        Tokenization(byte_tokenizer, data()).null_ids
+    ) == "<s>" + PAPER.replace("{prompt}", "")
     assert chatty().decode(Tokenization(chatty(), data()).null_ids) == "<<user>></s><<assistant>>"
     assert Tokenization(byte_tokenizer, data(null_context="bos")).null_ids == [BOS]
     without = copy.deepcopy(byte_tokenizer)
@@ -98,21 +112,29 @@ def test_null_context(byte_tokenizer, chatty):
 
 
 def test_truncation_keeps_the_prompt_s_end_and_the_response_s_start(byte_tokenizer):
-    tokenization = Tokenization(byte_tokenizer, data(template="{prompt}:", max_length=20, max_prompt_length=8))
+    tokenization = Tokenization(
+        byte_tokenizer, data(template="{prompt}:", max_length=20, max_prompt_length=8)
+    )
     long, fits = "r" * 30, "s" * 11
     ((prefix, (cut, whole)),) = tokenization.documents([pair("abcdefghijkl", long, fits)])
     assert byte_tokenizer.decode(prefix) == "<s>ghijkl:"
     assert cut == plain(byte_tokenizer, "r" * 12)  # 20 - 8, and no EOS
     assert whole == [*plain(byte_tokenizer, fits), EOS]  # exactly full
     assert tokenization.counts == {"prompts cut": 1, "responses cut": 1}
-    assert tokenization.response_ids("s" * 12, 12) == (plain(byte_tokenizer, "s" * 12), True)  # no room for EOS
+    assert tokenization.response_ids("s" * 12, 12) == (
+        plain(byte_tokenizer, "s" * 12),
+        True,
+    )  # no room for EOS
     assert Tokenization(byte_tokenizer, data(max_length=9)).max_prompt_length == 4
 
 
 def test_prompts_longer_than_everything(byte_tokenizer):
     keys = {"template": "{prompt}:", "max_length": 20, "max_prompt_length": 8}
     rows = [pair("x" * 19, source="a.jsonl:3"), pair("short")]
-    with pytest.raises(UserError, match=r"a\.jsonl:3: the prompt has 21 tokens, data\.max_length is 20: raise it, or set"):
+    with pytest.raises(
+        UserError,
+        match=r"a\.jsonl:3: the prompt has 21 tokens, data\.max_length is 20: raise it, or set",
+    ):
         Tokenization(byte_tokenizer, data(**keys)).documents(rows)
     dropping = Tokenization(byte_tokenizer, data(**keys, long_prompts="drop"))
     assert [d is None for d in dropping.documents(rows)] == [True, False]
@@ -125,7 +147,9 @@ def test_prompts_longer_than_everything(byte_tokenizer):
 
 
 def test_responses_that_become_the_same_tokens_are_dropped(byte_tokenizer):
-    tokenization = Tokenization(byte_tokenizer, data(template="{prompt}", max_length=10, max_prompt_length=5))
+    tokenization = Tokenization(
+        byte_tokenizer, data(template="{prompt}", max_length=10, max_prompt_length=5)
+    )
     assert tokenization.documents([pair("abcd", "same beginning", "same end")]) == [None]
     assert tokenization.counts == {"identical responses (as tokens)": 1}
 
@@ -152,23 +176,47 @@ def test_tokenizer_and_template_faults(byte_tokenizer, chatty):
     faults = [
         (without, {}, "has no EOS token"),
         (byte_tokenizer, {"template": "chat"}, "has no chat template: use paper"),
-        (byte_tokenizer, {"template": "no place"}, r"template is 'no place', allowed are auto, chat, paper, or .* \{prompt\}"),
-        (byte_tokenizer, {"max_length": 8, "max_prompt_length": 8}, "leaves no room for a response"),
+        (
+            byte_tokenizer,
+            {"template": "no place"},
+            r"template is 'no place', allowed are auto, chat, paper, or .* \{prompt\}",
+        ),
+        (
+            byte_tokenizer,
+            {"max_length": 8, "max_prompt_length": 8},
+            "leaves no room for a response",
+        ),
     ]
     for tokenizer, keys, message in faults:
         with pytest.raises(UserError, match=message):
             Tokenization(tokenizer, data(**keys))
-    picky = chatty("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}x")
-    with pytest.raises(UserError, match=r"a\.jsonl:1: the chat template does not take this conversation \(no system here\)"):
+    picky = chatty(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}x"
+    )
+    with pytest.raises(
+        UserError,
+        match=r"a\.jsonl:1: the chat template does not take this conversation \(no system here\)",
+    ):
         Tokenization(picky, data()).prompt_ids(DIALOGUE, "a.jsonl:1")
 
 
 def test_fingerprint_is_of_what_decides_the_ids(byte_tokenizer, chatty):
-    variants = [{}, {"template": "{prompt}"}, {"max_length": 100}, {"max_prompt_length": 100}, {"null_context": "bos"}]
+    variants = [
+        {},
+        {"template": "{prompt}"},
+        {"max_length": 100},
+        {"max_prompt_length": 100},
+        {"null_context": "bos"},
+    ]
     prints = [Tokenization(byte_tokenizer, data(**keys)).fingerprint for keys in variants]
-    prints += [Tokenization(chatty(template), data()).fingerprint for template in (CHATML, CHATML + " ")]
+    prints += [
+        Tokenization(chatty(template), data()).fingerprint for template in (CHATML, CHATML + " ")
+    ]
     assert len(set(prints)) == len(prints)
-    assert Tokenization(byte_tokenizer, data(validation=0.5, template="paper")).fingerprint == prints[0]
+    assert (
+        Tokenization(byte_tokenizer, data(validation=0.5, template="paper")).fingerprint
+        == prints[0]
+    )
     byte_tokenizer(["a", "bcd"], padding=True)  # leaves padding switched on inside the tokenizer
     assert Tokenization(byte_tokenizer, data()).fingerprint == prints[0]
 
@@ -203,9 +251,18 @@ def test_inspect_text_alone():
     report.dropped["identical responses"] = 1
     report.conflicts = [f"c{i}" for i in range(7)]
     pairs = [
-        Pair((("user", "p \x1b[2J"),), ("yes it is", "no"), safe=(True, False), better=0, safer=0, source="a.jsonl:1"),
+        Pair(
+            (("user", "p \x1b[2J"),),
+            ("yes it is", "no"),
+            safe=(True, False),
+            better=0,
+            safer=0,
+            source="a.jsonl:1",
+        ),
         Pair((("user", "q"),), ("yes", "no"), safe=(False, True), safer=0, source="a.jsonl:2"),
-        Pair((("user", "q"),), ("a", "b"), safe=(True, True), better=1, safer=0, source="a.jsonl:3"),
+        Pair(
+            (("user", "q"),), ("a", "b"), safe=(True, True), better=1, safer=0, source="a.jsonl:3"
+        ),
     ]
     text = describe(pairs, report, stage="safety", show=1)
     for part in (
@@ -221,7 +278,9 @@ def test_inspect_text_alone():
 
 
 def test_inspect_token_by_token(byte_tokenizer):
-    tokenization = Tokenization(byte_tokenizer, data(template="{prompt}:", max_length=40, max_prompt_length=30))
+    tokenization = Tokenization(
+        byte_tokenizer, data(template="{prompt}:", max_length=40, max_prompt_length=30)
+    )
     pairs = [pair("ab", "yes", "n" * 50), pair("a</s>b", "yes", "no", source="a.jsonl:8")]
     text = describe(pairs, ReadReport(), tokenization=tokenization, show=1)
     assert "  prompt: 4 tokens\n    mask 0 | <s> a b :\n" in text

@@ -34,7 +34,10 @@ LAMBDA, TAU = "experts.*.objective.margin_scale", "experts.*.objective.temperatu
 JOINT = {
     "stages": ["safety", "helpfulness"],
     "set": {"experts.*.objective.name": "spe_b_dpo"},
-    "space": {LAMBDA: {"about": "lambda", "uniform": [0.0, 1.0]}, TAU: {"about": "tau", "loguniform": [0.1, 10.0]}},
+    "space": {
+        LAMBDA: {"about": "lambda", "uniform": [0.0, 1.0]},
+        TAU: {"about": "tau", "loguniform": [0.1, 10.0]},
+    },
     "points": [{LAMBDA: 0.0, TAU: float("inf")}],
     "metrics": {"safety.accuracy": "max", "helpfulness.accuracy": "max"},
     "samples": 12,
@@ -95,10 +98,14 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("broken", "says"), BROKEN.values(), ids=BROKEN)
-def test_broken_spaces_are_one_line_before_ray(broken, says: str, tmp_path, monkeypatch, capsys) -> None:
+def test_broken_spaces_are_one_line_before_ray(
+    broken, says: str, tmp_path, monkeypatch, capsys
+) -> None:
     monkeypatch.chdir(tmp_path)
     content = {k: v for k, v in JOINT.items() if k != "points" or "space" not in broken}
-    Path("space.yaml").write_text(broken if isinstance(broken, str) else yaml.safe_dump({**content, **broken}))
+    Path("space.yaml").write_text(
+        broken if isinstance(broken, str) else yaml.safe_dump({**content, **broken})
+    )
     assert main(["tune", "space.yaml", "--recipe", "miniature"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -113,7 +120,9 @@ def test_points_hang_on_their_number_and_conditions(tmp_path) -> None:
         "router.width": {"about": "", "randint": [4, 9], "when": {"router.gate": ["mlp"]}},
         "router.prior": {"about": "", "quniform": [0.0, 1.0, 0.25]},
     }
-    routers = space(stages=["router"], set={}, space=keys, points=[], metrics={"router.loss": "min"}, samples=40)
+    routers = space(
+        stages=["router"], set={}, space=keys, points=[], metrics={"router.loss": "min"}, samples=40
+    )
     short, long = (sweep(tmp_path / str(n), routers, samples=n) for n in (7, 40))
     short.todo(), long.todo()
     assert short.points == long.points[:7]
@@ -136,7 +145,18 @@ def small_scored() -> Scored:
         answers = (row["response_0"], row["response_1"])
         safe = (row["is_response_0_safe"], row["is_response_1_safe"])
         prompt = (("user", row["prompt"]),)
-        pairs.append(Pair(prompt, answers, safe, row["better_response_id"], row["safer_response_id"], None, f"f:{n}", {}))
+        pairs.append(
+            Pair(
+                prompt,
+                answers,
+                safe,
+                row["better_response_id"],
+                row["safer_response_id"],
+                None,
+                f"f:{n}",
+                {},
+            )
+        )
         for i, answer in enumerate(answers):
             scored[response_key(prompt, answer)] = {
                 "prompt_ids": [1, 2], "response_ids": [3] * (2 + n % 3 + i), "reference_logp": -3.0 - n / 7 - i,
@@ -150,9 +170,15 @@ def test_without_margin_and_at_infinite_temperature_a_trial_is_dpo() -> None:
     dpo = at(config, space(), {"experts.*.objective.name": "dpo"}, "")
     point = at(fix(config, space(), ""), space(), JOINT["points"][0], "")
     for stage in ("safety", "helpfulness"):
-        assert stage_table(point, stage, small_scored())[0] == stage_table(dpo, stage, small_scored())[0]
+        assert (
+            stage_table(point, stage, small_scored())[0]
+            == stage_table(dpo, stage, small_scored())[0]
+        )
     other = at(fix(config, space(), ""), space(), {LAMBDA: 0.5, TAU: 1.0}, "")
-    assert stage_table(other, "safety", small_scored())[0] != stage_table(dpo, "safety", small_scored())[0]
+    assert (
+        stage_table(other, "safety", small_scored())[0]
+        != stage_table(dpo, "safety", small_scored())[0]
+    )
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------------
@@ -164,7 +190,9 @@ def test_going_on() -> None:
     assert goes_on({"a": 0.7}, before, UP, 3)  # equal is not beaten
     assert goes_on({"a": 0.0}, before[:2], UP, 3)  # too few to say
     both = {"a": "max", "b": "min"}
-    assert goes_on({"a": 0.0, "b": 0.0}, [{"a": 1.0, "b": 1.0}] * 3, both, 3)  # the front is not stopped
+    assert goes_on(
+        {"a": 0.0, "b": 0.0}, [{"a": 1.0, "b": 1.0}] * 3, both, 3
+    )  # the front is not stopped
     assert not goes_on({"a": 0.0, "b": 2.0}, [{"a": 1.0, "b": 1.0}] * 3, both, 3)
 
 
@@ -184,9 +212,13 @@ def test_verdicts_do_not_depend_on_the_order_of_arrival() -> None:
             known[i] += 1
             told = [f and n == m for f, n, m in zip(failed, known, lengths, strict=True)]
             for now, then in zip(
-                judge([c[:n] for c, n in zip(curves, known, strict=True)], told, rungs, 2, UP), final, strict=True
+                judge([c[:n] for c, n in zip(curves, known, strict=True)], told, rungs, 2, UP),
+                final,
+                strict=True,
             ):
-                assert now.state in ("waiting", "undecided") or now == then  # a decision is never taken back
+                assert (
+                    now.state in ("waiting", "undecided") or now == then
+                )  # a decision is never taken back
 
 
 def test_winners() -> None:
@@ -220,12 +252,16 @@ def fake_values(config, rung: float) -> dict[str, float]:
     values = {}
     for stage in ("safety", "helpfulness"):
         objective = getattr(config.experts, stage).objective
-        noise = random.Random(f"{stage}/{objective.margin_scale}/{objective.temperature}/{config.training_seed}/{rung}").random()
+        noise = random.Random(
+            f"{stage}/{objective.margin_scale}/{objective.temperature}/{config.training_seed}/{rung}"
+        ).random()
         values |= {f"{stage}.{m}": noise + rung for m in ("accuracy", "loss", "reward_margin")}
     return values
 
 
-def play(folder: Path, of: Space, workers: int, rng: random.Random, kills: bool) -> tuple[list, int]:
+def play(
+    folder: Path, of: Space, workers: int, rng: random.Random, kills: bool
+) -> tuple[list, int]:
     """A sweep by so many fake workers at random speeds; with kills, all is forgotten but the records. (rows, rungs trained)"""
     done, made, running = 0, sweep(folder, of), {}
     while True:
@@ -248,7 +284,9 @@ def play(folder: Path, of: Space, workers: int, rng: random.Random, kills: bool)
             made, running = sweep(folder, of), {}
 
 
-@pytest.mark.parametrize("changes", [{}, {"seeds": 3}, {"search": "optuna", "concurrency": 3, "samples": 14}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"seeds": 3}, {"search": "optuna", "concurrency": 3, "samples": 14}], ids=str
+)
 def test_the_table_hangs_on_neither_workers_nor_kills(tmp_path, changes) -> None:
     of, rng = space(**changes), random.Random(1)
     first, least = play(tmp_path / "0", of, 1, rng, kills=False)
@@ -271,7 +309,9 @@ def test_adding_samples_changes_no_verdict(tmp_path) -> None:
 
 def test_optuna_uses_what_it_is_told() -> None:
     keys = {LAMBDA: JOINT["space"][LAMBDA]}
-    of = space(search="optuna", concurrency=1, metrics={"safety.loss": "min"}, space=keys, points=[])
+    of = space(
+        search="optuna", concurrency=1, metrics={"safety.loss": "min"}, space=keys, points=[]
+    )
     study, distances = Optuna(of, 0), []
     for number in range(60):
         distances.append(abs(study.ask(number)[LAMBDA] - 0.3))
@@ -287,20 +327,27 @@ def test_report_and_best_recipe(tmp_path) -> None:
     play(tmp_path, of, 2, random.Random(3), kills=False)
     made = sweep(tmp_path, of)
     made.todo()
-    report.write(made, fix(load_config("miniature"), of, ""), "joint", "midpo tune <joint>", said.append)
+    report.write(
+        made, fix(load_config("miniature"), of, ""), "joint", "midpo tune <joint>", said.append
+    )
     table = pq.read_table(tmp_path / "results.parquet").to_pylist()
     assert table == report.rows(made)
     page = (tmp_path / "report.html").read_text()
     assert "<b>" not in page
     assert "http" not in page  # one file
     pictures = [ElementTree.fromstring(p) for p in re.findall("<svg.*?</svg>", page)]
-    assert len(pictures) == 10  # 4 of a metric against a key, 2 heat maps, the front, 2 of curves, parallel coordinates
+    assert (
+        len(pictures) == 10
+    )  # 4 of a metric against a key, 2 heat maps, the front, 2 of curves, parallel coordinates
     for picture in pictures:
         for circle in picture.iter("circle"):
             assert 0 < float(circle.get("cx")) < float(picture.get("width"))
             assert 0 < float(circle.get("cy")) < float(picture.get("height"))
     best = load_config(tmp_path / "best.yaml")
-    winner = max((r for r in table if r["seed"] == 0 and r["state"] == "finished"), key=lambda r: means(table, r["point"]))
+    winner = max(
+        (r for r in table if r["seed"] == 0 and r["state"] == "finished"),
+        key=lambda r: means(table, r["point"]),
+    )
     assert best.experts.safety.objective.margin_scale == winner[LAMBDA]
     assert best.experts.helpfulness.objective.temperature == winner[TAU]
     assert best.name == "miniature-best-joint"
@@ -324,15 +371,37 @@ def test_axes_take_zero_infinity_and_words() -> None:
 
 
 def start(folder: Path, *words: str, **variables: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "midpo_ray.cli", "tune", "joint.yaml", "--recipe", "small.yaml", *words]
+    command = [
+        sys.executable,
+        "-m",
+        "midpo_ray.cli",
+        "tune",
+        "joint.yaml",
+        "--recipe",
+        "small.yaml",
+        *words,
+    ]
     environment = {**os.environ, "HOME": str(folder), "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 @pytest.fixture
 def small(tmp_path, tiny_model_dir) -> Path:
-    smallworld.recipe(tmp_path, tiny_model_dir(), smallworld.write(tmp_path / "pairs.jsonl", smallworld.rows(160)))
-    content = {**JOINT, "samples": 6, "metrics": {"safety.reward_margin": "max", "helpfulness.reward_margin": "max"}}
+    smallworld.recipe(
+        tmp_path, tiny_model_dir(), smallworld.write(tmp_path / "pairs.jsonl", smallworld.rows(160))
+    )
+    content = {
+        **JOINT,
+        "samples": 6,
+        "metrics": {"safety.reward_margin": "max", "helpfulness.reward_margin": "max"},
+    }
     (tmp_path / "joint.yaml").write_text(yaml.safe_dump(content))
     return tmp_path
 
@@ -354,9 +423,23 @@ def test_killed_sweep_ends_with_the_same_table_and_best_runs_alike(small) -> Non
         process.wait()
         killed += 1
     assert process.returncode == 0, process.stdout.read()
-    assert (small / "killed/run/results.csv").read_text() == (small / "whole/run/results.csv").read_text()
+    assert (small / "killed/run/results.csv").read_text() == (
+        small / "whole/run/results.csv"
+    ).read_text()
     best = load_config(small / "whole/run/best.yaml")
-    assert main(["run", str(small / "whole/run/best.yaml"), "--run-dir", str(small / "whole/best"), "--until", "safety"]) == 0
+    assert (
+        main(
+            [
+                "run",
+                str(small / "whole/run/best.yaml"),
+                "--run-dir",
+                str(small / "whole/best"),
+                "--until",
+                "safety",
+            ]
+        )
+        == 0
+    )
     last = json.loads((small / "whole/best/metrics/safety.jsonl").read_text().splitlines()[-1])
     rows = pq.read_table(small / "whole/run/results.parquet").to_pylist()
     row = next(r for r in rows if r[LAMBDA] == best.experts.safety.objective.margin_scale)
@@ -369,7 +452,9 @@ def four_nodes():
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+    )
     for _ in range(4):
         cluster.add_node(num_cpus=1)
     yield cluster
@@ -380,9 +465,20 @@ def four_nodes():
 def on_cluster(folder: Path, address: str, *words: str) -> list[dict]:
     """Clocks of the trials of a sweep on a cluster, each from its first entry to its last."""
     # the cluster's own HOME: there is its token, if it has one
-    process = start(folder, "--run-dir", "on/run", "--address", address, *words, RAY_ADDRESS=address, HOME=os.environ["HOME"])
+    process = start(
+        folder,
+        "--run-dir",
+        "on/run",
+        "--address",
+        address,
+        *words,
+        RAY_ADDRESS=address,
+        HOME=os.environ["HOME"],
+    )
     assert process.wait(900) == 0, process.stdout.read()
-    clocks = [json.loads(p.read_text())["clock"] for p in (folder / "on/run/trials").glob("*/record.json")]
+    clocks = [
+        json.loads(p.read_text())["clock"] for p in (folder / "on/run/trials").glob("*/record.json")
+    ]
     return [{**c[0], "ended": c[-1]["ended"]} for c in clocks]
 
 
@@ -390,7 +486,9 @@ def on_cluster(folder: Path, address: str, *words: str) -> list[dict]:
 @pytest.mark.timeout(1200)
 def test_four_nodes_are_in_use_while_trials_wait(small, four_nodes) -> None:
     long = [f"experts.{e}.optim.steps=120" for e in ("safety", "helpfulness")]
-    clocks = on_cluster(small, four_nodes.address, "--samples", "14", *long, "checkpoint.every_steps=100")
+    clocks = on_cluster(
+        small, four_nodes.address, "--samples", "14", *long, "checkpoint.every_steps=100"
+    )
     asked = sorted(c["asked"] for c in clocks)
     begin, end = asked[3], asked[-1]  # all four have begun; none waits any more
     used = sum(max(0.0, min(c["ended"], end) - max(c["asked"], begin)) for c in clocks)

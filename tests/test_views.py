@@ -7,7 +7,15 @@ import itertools
 import pytest
 
 from midpo_ray.config import DataSet
-from midpo_ray.data import Pair, is_validation, prompt_key, read_pairs, require, response_key, select
+from midpo_ray.data import (
+    Pair,
+    is_validation,
+    prompt_key,
+    read_pairs,
+    require,
+    response_key,
+    select,
+)
 from midpo_ray.errors import UserError
 
 
@@ -42,13 +50,19 @@ def scores(*rows):
         ("labels", {"safe": (True, None), "better": 0, "safer": 0}, "no is_response_1_safe"),
         ("pareto_labels", {"safe": (None, True), "better": 1, "safer": 1}, 1),
         ("pareto_labels", {"safe": (True, False), "better": 0, "safer": 0}, 0),
-        ("pareto_labels", {"safe": (True, False), "better": 1, "safer": 1}, "the better and safer one is not safe"),
+        (
+            "pareto_labels",
+            {"safe": (True, False), "better": 1, "safer": 1},
+            "the better and safer one is not safe",
+        ),
         ("pareto_labels", {"safe": (True, True), "better": 0}, "no safer_response_id"),
     ],
 )
 def test_label_views(view, labels, verdict):
     choices, dropped = select([pair(**labels)], view)
-    assert (choices, dropped) == (([], {verdict: 1}) if isinstance(verdict, str) else ([(0, verdict)], {}))
+    assert (choices, dropped) == (
+        ([], {verdict: 1}) if isinstance(verdict, str) else ([(0, verdict)], {})
+    )
 
 
 @pytest.mark.parametrize(
@@ -69,7 +83,9 @@ def test_label_views(view, labels, verdict):
 )
 def test_scored_views(view, rewards, costs, verdict):
     choices, dropped = select([pair()], view, scores((rewards, costs)))
-    assert (choices, dropped) == (([], {verdict: 1}) if isinstance(verdict, str) else ([(0, verdict)], {}))
+    assert (choices, dropped) == (
+        ([], {verdict: 1}) if isinstance(verdict, str) else ([(0, verdict)], {})
+    )
 
 
 def test_mixed_is_both_preferences_and_a_disagreement_is_there_twice():
@@ -86,7 +102,9 @@ def test_mixed_is_both_preferences_and_a_disagreement_is_there_twice():
 
 def test_order_is_the_pairs_and_unscored_pairs_are_counted():
     pairs = [pair(i) for i in range(4)]
-    choices, dropped = select(pairs, "pareto", scores(((0, 1), (1, -1)), ((1, 0), (-1, 1)), ((0, 1), (0, -1))))
+    choices, dropped = select(
+        pairs, "pareto", scores(((0, 1), (1, -1)), ((1, 0), (-1, 1)), ((0, 1), (0, -1)))
+    )
     assert choices == [(0, 1), (1, 0), (2, 1)]
     assert dropped == {"no reward": 1}
 
@@ -100,7 +118,9 @@ def test_a_wrong_call():
 
 def test_no_row_left_tells_why():
     choices, dropped = select([pair(), pair(safe=(True, True)), pair(safe=(True, True))], "safety")
-    with pytest.raises(UserError, match="no row is left for the stage safety: 2 both safe, 1 no is_response_0_safe"):
+    with pytest.raises(
+        UserError, match="no row is left for the stage safety: 2 both safe, 1 no is_response_0_safe"
+    ):
         require(choices, dropped, "safety")
     require([(0, 0)], dropped, "safety")
 
@@ -109,14 +129,23 @@ def test_held_out_share_hangs_on_the_prompt_alone():
     prompts = [pair(i).prompt for i in range(4000)]
     tenth = {p for p in prompts if is_validation(p, 0.1, 0)}
     assert 330 < len(tenth) < 470
-    assert tenth <= {p for p in prompts if is_validation(p, 0.2, 0)}  # a larger share takes more, and none back
+    assert tenth <= {
+        p for p in prompts if is_validation(p, 0.2, 0)
+    }  # a larger share takes more, and none back
     assert tenth != {p for p in prompts if is_validation(p, 0.1, 1)}
     assert not any(is_validation(p, 0.0, 0) for p in prompts)
 
 
 def test_keys_tell_apart_what_differs():
-    prompts = [(("user", "ab"),), (("user", "a"),), (("system", "ab"),), (("user", "a"), ("assistant", "b"), ("user", "c"))]
-    keys = [response_key(p, r) for p, r in itertools.product(prompts, ("x", "y", ""))] + [prompt_key(p) for p in prompts]
+    prompts = [
+        (("user", "ab"),),
+        (("user", "a"),),
+        (("system", "ab"),),
+        (("user", "a"), ("assistant", "b"), ("user", "c")),
+    ]
+    keys = [response_key(p, r) for p, r in itertools.product(prompts, ("x", "y", ""))] + [
+        prompt_key(p) for p in prompts
+    ]
     assert len(set(keys)) == len(keys)
     assert all(len(key) == 32 and int(key, 16) >= 0 for key in keys)
 

@@ -40,7 +40,9 @@ def test_a_hang_is_named_and_ended(tmp_path):
     assert re.match(r"safety: rank 1 on node node-b hangs: step 7, phase train, for \d+ s", line)
     assert faults.new() == []
     assert Faults(run).new() == []  # another driver tells only what is new
-    assert "test_watch.py" in (tmp_path / "logs/faults/safety-1.log").read_text()  # every thread's stack
+    assert (
+        "test_watch.py" in (tmp_path / "logs/faults/safety-1.log").read_text()
+    )  # every thread's stack
 
 
 def test_beats_keep_the_watch_quiet(tmp_path):
@@ -67,7 +69,9 @@ def test_a_later_attempt_ends_an_earlier_one(tmp_path, monkeypatch):
     monkeypatch.setattr("midpo_ray.pipeline.watch.ASK", 0.02)
     run, ended = Storage(tmp_path), threading.Event()
     run.write("work/owner", b"first")
-    with Watch(run, "safety", 0, "node-a", patience=60, owner=("work/owner", b"first"), end=ended.set):
+    with Watch(
+        run, "safety", 0, "node-a", patience=60, owner=("work/owner", b"first"), end=ended.set
+    ):
         time.sleep(0.2)
         assert not ended.is_set()
         run.write("work/owner", b"second")
@@ -90,7 +94,10 @@ def test_a_lost_node_is_waited_for_and_then_named():
     assert patience.over("safety", group, []) is None
     now[0] = 170.0
     told = str(patience.over("safety", group, []))
-    assert "group of stage safety: 2 worker(s) of 1 CPU on nodes labelled {'midpo-group': 'safety'} are needed" in told
+    assert (
+        "group of stage safety: 2 worker(s) of 1 CPU on nodes labelled {'midpo-group': 'safety'} are needed"
+        in told
+    )
     assert "waited 90 s" in told
 
 
@@ -184,12 +191,33 @@ def test_a_frozen_rank_is_found_and_the_group_restarts(tmp_path, tiny_model_dir)
     data = smallworld.write(tmp_path / "pairs.jsonl", smallworld.rows(60))
     patience = {"stall_timeout": 20}  # a busy machine starts a worker slowly
     recipe = smallworld.recipe(tmp_path, tiny_model_dir(), data, cluster=patience)
-    settings = ("experts.safety.group.workers=2", "experts.safety.optim.steps=300", "checkpoint.every_steps=20")
-    command = [sys.executable, "-m", "midpo_ray.cli", "run", str(recipe), *settings, "--until", "safety"]
-    driver = subprocess.Popen([*command, "--run-dir", str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    settings = (
+        "experts.safety.group.workers=2",
+        "experts.safety.optim.steps=300",
+        "checkpoint.every_steps=20",
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "midpo_ray.cli",
+        "run",
+        str(recipe),
+        *settings,
+        "--until",
+        "safety",
+    ]
+    driver = subprocess.Popen(
+        [*command, "--run-dir", str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
+    )
     try:
-        wait_until(lambda: any((tmp_path / "run/experts/safety.work/checkpoints").glob("step-*")), 240)
-        frozen = [pid for pid in descendants(driver.pid) if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        wait_until(
+            lambda: any((tmp_path / "run/experts/safety.work/checkpoints").glob("step-*")), 240
+        )
+        frozen = [
+            pid
+            for pid in descendants(driver.pid)
+            if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
         os.kill(frozen[-1], signal.SIGSTOP)
         said, _ = driver.communicate(timeout=300)
     finally:
@@ -201,5 +229,9 @@ def test_a_frozen_rank_is_found_and_the_group_restarts(tmp_path, tiny_model_dir)
 
 
 def descendants(pid: int) -> list[int]:
-    children = [int(p) for t in Path(f"/proc/{pid}/task").iterdir() for p in (t / "children").read_text().split()]
+    children = [
+        int(p)
+        for t in Path(f"/proc/{pid}/task").iterdir()
+        for p in (t / "children").read_text().split()
+    ]
     return children + [p for child in children for p in descendants(child)]

@@ -30,26 +30,46 @@ class Policy(nn.Module):
 
     def forward(self, batch: TokenBatch) -> Tensor:
         dtype = next(self.model.parameters()).dtype
-        mask = torch.zeros(batch.mask().shape, dtype=dtype).masked_fill(~batch.mask(), torch.finfo(dtype).min)
+        mask = torch.zeros(batch.mask().shape, dtype=dtype).masked_fill(
+            ~batch.mask(), torch.finfo(dtype).min
+        )
         logits = self.model(
-            input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
+            input_ids=batch.input_ids,
+            attention_mask=mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
         ).logits.float()
-        logps = logits.flatten(0, 1)[batch.predict_index].log_softmax(-1).gather(-1, batch.labels[:, None])[:, 0]
+        logps = (
+            logits.flatten(0, 1)[batch.predict_index]
+            .log_softmax(-1)
+            .gather(-1, batch.labels[:, None])[:, 0]
+        )
         return torch.zeros(batch.responses).index_add(0, batch.owner, logps)
 
 
 def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     settings = LlamaConfig(
-        vocab_size=VOCABULARY, num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.3, **sizes
+        vocab_size=VOCABULARY,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        **sizes,
     )
     return LlamaForCausalLM(settings).to(dtype)
 
 
 def expert(dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> ResponseLogProbs:
     """The Llama with a fresh LoRA: the reference, before it is trained."""
-    return ResponseLogProbs(add_lora(llama(dtype), LORA.model_copy(update={"dropout": dropout}), seed=1))
+    return ResponseLogProbs(
+        add_lora(llama(dtype), LORA.model_copy(update={"dropout": dropout}), seed=1)
+    )
 
 
 def rows(count: int, seed: int = 0) -> dict[str, Any]:
@@ -60,11 +80,19 @@ def rows(count: int, seed: int = 0) -> dict[str, Any]:
         "rejected": (2, 8, half, VOCABULARY),
     }  # something to learn
     tokens = {
-        name: [[draw.randrange(low, high) for _ in range(draw.randint(shortest, longest))] for _ in range(count)]
+        name: [
+            [draw.randrange(low, high) for _ in range(draw.randint(shortest, longest))]
+            for _ in range(count)
+        ]
         for name, (shortest, longest, low, high) in kinds.items()
     }
     ones = [1.0] * count
-    constants = {"margin": [0.0] * count, "weight_chosen": ones, "weight_rejected": ones, "scale": ones}
+    constants = {
+        "margin": [0.0] * count,
+        "weight_chosen": ones,
+        "weight_rejected": ones,
+        "scale": ones,
+    }
     return {
         "id": [f"data.jsonl:{i + 1}" for i in range(count)],
         **tokens,
@@ -82,5 +110,12 @@ def table(count: int = 30, seed: int = 0, **columns: Any) -> StageTable:
     with torch.no_grad():
         logps = Policy(llama())(batch)
     return StageTable(
-        pa.table({**data, "reference_chosen": logps[0::2].tolist(), "reference_rejected": logps[1::2].tolist(), **columns})
+        pa.table(
+            {
+                **data,
+                "reference_chosen": logps[0::2].tolist(),
+                "reference_rejected": logps[1::2].tolist(),
+                **columns,
+            }
+        )
     )

@@ -17,7 +17,17 @@ import yaml
 from ..config import Config
 from ..errors import UserError
 from ..pipeline.cluster import Node
-from .common import Fault, Versions, join, lacking, schema_faults, secret_faults, strings, unknown_key, version_faults
+from .common import (
+    Fault,
+    Versions,
+    join,
+    lacking,
+    schema_faults,
+    secret_faults,
+    strings,
+    unknown_key,
+    version_faults,
+)
 from .known import MACHINE_TYPE, NODE_CONFIG, PROVIDER, REQUIRED
 from .kuberay import is_kubernetes, kubernetes_faults
 
@@ -25,7 +35,9 @@ TOKEN = re.compile(r"\bRAY_AUTH_MODE=[\"']?token\b")
 SSH = 22
 
 
-def check(path: str | Path, recipe: Config | None = None, *, local: Versions | None = None) -> list[str]:
+def check(
+    path: str | Path, recipe: Config | None = None, *, local: Versions | None = None
+) -> list[str]:
     """The faults of a Ray cluster launcher file or a Kubernetes manifest, each one line ``FILE: KEY: what is wrong``; sound: [].
 
     Args:
@@ -45,7 +57,9 @@ def check(path: str | Path, recipe: Config | None = None, *, local: Versions | N
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not documents or not all(isinstance(d, dict) for d in documents):
-        raise UserError(f"{path}: a mapping of keys is expected, as `ray up` or `kubectl apply` reads")
+        raise UserError(
+            f"{path}: a mapping of keys is expected, as `ray up` or `kubectl apply` reads"
+        )
     local = local or Versions.local()
     faults: list[Fault] = list(secret_faults(documents, text))
     if any(is_kubernetes(d) for d in documents):
@@ -54,10 +68,15 @@ def check(path: str | Path, recipe: Config | None = None, *, local: Versions | N
         faults.append(("", f"holds {len(documents)} documents: `ray up` reads one"))
     else:
         faults += _launcher_faults(documents[0], recipe, local)
-    return [f"{path}: {key}: {what}" if key else f"{path}: {what}" for key, what in dict.fromkeys(faults)]
+    return [
+        f"{path}: {key}: {what}" if key else f"{path}: {what}"
+        for key, what in dict.fromkeys(faults)
+    ]
 
 
-def _launcher_faults(raw: dict[str, Any], recipe: Config | None, local: Versions) -> Iterator[Fault]:
+def _launcher_faults(
+    raw: dict[str, Any], recipe: Config | None, local: Versions
+) -> Iterator[Fault]:
     """Of a file that `ray up` reads."""
     shape = list(schema_faults(_without(raw, "min_workers"), _ray_schema()))
     yield from shape
@@ -65,7 +84,9 @@ def _launcher_faults(raw: dict[str, Any], recipe: Config | None, local: Versions
         return  # what follows would stumble over the same
     kind = raw["provider"]["type"]
     if kind not in PROVIDER:
-        near = unknown_key("provider", str(kind), ("aws", "gcp", "local", "azure", "vsphere", "aliyun", "external"))
+        near = unknown_key(
+            "provider", str(kind), ("aws", "gcp", "local", "azure", "vsphere", "aliyun", "external")
+        )
         if "did you mean" in near[1]:
             yield "provider.type", f"{kind!r} is not a provider, {near[1].partition(', ')[2]}"
             return
@@ -94,7 +115,9 @@ def _launcher_faults(raw: dict[str, Any], recipe: Config | None, local: Versions
 def _ray_schema() -> dict[str, Any]:
     import ray
 
-    return json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text("utf-8"))
+    return json.loads(
+        (Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text("utf-8")
+    )
 
 
 def _prepare(raw: dict[str, Any]) -> dict[str, Any]:
@@ -145,12 +168,19 @@ def _cloud_faults(raw: dict[str, Any], kind: str) -> Iterator[Fault]:
         yield "available_node_types", "missing"
         return
     if raw.get("head_node_type") not in types:
-        yield "head_node_type", f"one of {', '.join(types)} is expected, this is {raw.get('head_node_type')!r}"
+        yield (
+            "head_node_type",
+            f"one of {', '.join(types)} is expected, this is {raw.get('head_node_type')!r}",
+        )
     for name, node in types.items():
         at = f"available_node_types.{name}.node_config"
         yield from _unknown_keys(node["node_config"], NODE_CONFIG.get(kind), at)
         machine = MACHINE_TYPE.get(kind)
-        if machine and not node["node_config"].get(machine) and "LaunchTemplate" not in node["node_config"]:
+        if (
+            machine
+            and not node["node_config"].get(machine)
+            and "LaunchTemplate" not in node["node_config"]
+        ):
             yield f"{at}.{machine}", "missing"
 
 
@@ -169,7 +199,9 @@ def _local_faults(raw: dict[str, Any]) -> Iterator[Fault]:
         if key not in provider:
             yield f"provider.{key}", "missing"
     workers = provider.get("worker_ips") or []
-    for address in sorted({a for a in workers if workers.count(a) > 1 or a == provider.get("head_ip")}):
+    for address in sorted(
+        {a for a in workers if workers.count(a) > 1 or a == provider.get("head_ip")}
+    ):
         yield "provider.worker_ips", f"{address} stands there twice, or is head_ip too"
     key = "max_workers" if "max_workers" in raw else "min_workers"
     if raw.get(key, 0) > len(workers):
@@ -184,7 +216,10 @@ def _size_faults(raw: dict[str, Any]) -> Iterator[Fault]:
         least = node.get("min_workers", 0)
         most = node.get("max_workers", 0 if name == raw.get("head_node_type") else total)
         if most is not None and least > most:
-            yield f"available_node_types.{name}.min_workers", f"{least} is above its max_workers, {most}"
+            yield (
+                f"available_node_types.{name}.min_workers",
+                f"{least} is above its max_workers, {most}",
+            )
         mins += least
     if total is not None and mins > total:
         yield "max_workers", f"{total} is below the sum of the node types' min_workers, {mins}"
@@ -193,7 +228,10 @@ def _size_faults(raw: dict[str, Any]) -> Iterator[Fault]:
 def _start_faults(prepared: dict[str, Any], kind: str) -> Iterator[Fault]:
     """Of the commands that start Ray, as prepared: where the file has none, Ray's defaults open the dashboard to everyone."""
     lines: dict[str, str] = {}
-    for key, flag in (("head_start_ray_commands", "--head"), ("worker_start_ray_commands", "--address")):
+    for key, flag in (
+        ("head_start_ray_commands", "--head"),
+        ("worker_start_ray_commands", "--address"),
+    ):
         lines[key] = next((c for c in prepared[key] if "ray start" in c and flag in c), "")
         if not lines[key]:
             yield key, f"no command there is `ray start {flag}`"
@@ -208,16 +246,32 @@ def _start_faults(prepared: dict[str, Any], kind: str) -> Iterator[Fault]:
             )
     if token[head_key] != token[worker_key] and "0.0.0.0" not in head:
         without = worker_key if token[head_key] else head_key
-        yield without, "RAY_AUTH_MODE=token is missing, which the other start command has: the nodes would refuse each other"
-    if all(token.values()) and not any(str(p).endswith(".ray/auth_token") for p in prepared["file_mounts"]):
-        yield "file_mounts", "~/.ray/auth_token: ~/.ray/auth_token is missing: token mode is on, and nodes would have no token"
+        yield (
+            without,
+            "RAY_AUTH_MODE=token is missing, which the other start command has: the nodes would refuse each other",
+        )
+    if all(token.values()) and not any(
+        str(p).endswith(".ray/auth_token") for p in prepared["file_mounts"]
+    ):
+        yield (
+            "file_mounts",
+            "~/.ray/auth_token: ~/.ray/auth_token is missing: token mode is on, and nodes would have no token",
+        )
     if not all(token.values()):
-        for i, rule in enumerate(prepared["provider"].get("security_group", {}).get("IpPermissions") or []):
+        for i, rule in enumerate(
+            prepared["provider"].get("security_group", {}).get("IpPermissions") or []
+        ):
             everyone = "0.0.0.0/0" in str(rule) or "::/0" in str(rule)
             if everyone and (rule.get("FromPort"), rule.get("ToPort")) != (SSH, SSH):
-                yield f"provider.security_group.IpPermissions.{i}", "open to 0.0.0.0/0 without token mode"
+                yield (
+                    f"provider.security_group.IpPermissions.{i}",
+                    "open to 0.0.0.0/0 without token mode",
+                )
     if "--autoscaling-config" not in head:
-        yield head_key, "--autoscaling-config=~/ray_bootstrap_config.yaml is missing: no worker would ever start"
+        yield (
+            head_key,
+            "--autoscaling-config=~/ray_bootstrap_config.yaml is missing: no worker would ever start",
+        )
     if kind == "local" and "RAY_enable_autoscaler_v2=0" not in head:
         yield (
             head_key,
@@ -234,8 +288,12 @@ def _cloud_nodes(prepared: dict[str, Any]) -> list[Node]:
     nodes = []
     for name, node in prepared["available_node_types"].items():
         declared = {k: float(v) for k, v in node["resources"].items()}
-        resources = declared if "CPU" in declared else {"CPU": math.inf, "GPU": math.inf, **declared}
-        count = min(node["max_workers"], prepared["max_workers"]) + (name == prepared["head_node_type"])
+        resources = (
+            declared if "CPU" in declared else {"CPU": math.inf, "GPU": math.inf, **declared}
+        )
+        count = min(node["max_workers"], prepared["max_workers"]) + (
+            name == prepared["head_node_type"]
+        )
         nodes += [Node(resources, node.get("labels", {})) for _ in range(min(count, 1024))]
     return nodes
 
@@ -246,7 +304,13 @@ def _local_nodes(raw: dict[str, Any], recipe: Config) -> list[Node]:
     words = set(re.findall(r"[\w./-]+", spoken))
     groups = [recipe.group(stage) for stage in ("safety", "helpfulness", "router")]
     custom = {name: math.inf for g in groups for name in g.resources if name in words}
-    pairs = {(k, v) for g in groups for k, v in g.label_selector.items() if k in spoken and v in words}
+    pairs = {
+        (k, v) for g in groups for k, v in g.label_selector.items() if k in spoken and v in words
+    }
     count = len(raw["provider"].get("worker_ips") or []) or raw.get("max_workers", 0)
     size = {"CPU": math.inf, "GPU": math.inf, **custom}
-    return [Node(size, labels) for _ in range(count) for labels in ({}, *({k: v} for k, v in sorted(pairs)))]
+    return [
+        Node(size, labels)
+        for _ in range(count)
+        for labels in ({}, *({k: v} for k, v in sorted(pairs)))
+    ]

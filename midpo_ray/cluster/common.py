@@ -35,7 +35,9 @@ def unknown_key(path: str, key: str, known: Iterable[str]) -> Fault:
     """A key that nobody reads, with the nearest that somebody does."""
     names = sorted(known)
     near = difflib.get_close_matches(key, names, 1, 0.5)
-    return join(path, key), "unknown key" + (f", did you mean {near[0]}?" if near else f" (known there: {', '.join(names)})")
+    return join(path, key), "unknown key" + (
+        f", did you mean {near[0]}?" if near else f" (known there: {', '.join(names)})"
+    )
 
 
 def join(*parts: str | int) -> str:
@@ -61,9 +63,16 @@ def explain(error: jsonschema.ValidationError, at: str = "") -> Iterator[Fault]:
             if key not in error.instance:
                 yield join(path, key), "missing"
     elif error.validator == "enum":
-        yield path, f"one of {', '.join(map(str, error.validator_value))} is expected, this is {error.instance!r}"
+        yield (
+            path,
+            f"one of {', '.join(map(str, error.validator_value))} is expected, this is {error.instance!r}",
+        )
     elif error.validator == "type":
-        types = error.validator_value if isinstance(error.validator_value, list) else [error.validator_value]
+        types = (
+            error.validator_value
+            if isinstance(error.validator_value, list)
+            else [error.validator_value]
+        )
         yield path, f"{' or '.join(types)} is expected, this is {type(error.instance).__name__}"
     elif known_key(str(error.instance)) or looks_secret(f"{path}={error.instance}"):
         yield path, f"not what is expected there ({error.validator})"
@@ -103,10 +112,16 @@ def secret_faults(documents: Sequence[Any], text: str) -> Iterator[Fault]:
 def version_faults(path: str, text: str, local: Versions) -> Iterator[Fault]:
     """Ray and Python versions that an image's name or a set-up command gives, where they differ from the local ones."""
     if re.search(r"rayproject/ray(?:-ml)?(?::(?:latest|nightly)\S*|\s*$)", text):
-        yield path, f"the image names no Ray version: rayproject/ray:{local.ray}-py{local.python.replace('.', '')} would match"
+        yield (
+            path,
+            f"the image names no Ray version: rayproject/ray:{local.ray}-py{local.python.replace('.', '')} would match",
+        )
     for found in re.findall(r"\bray(?:-ml)?(?:\[[\w,]*\])?(?::|==|-|_)v?(\d+\.\d+\.\d+)", text):
         if found != local.ray:
-            yield path, f"Ray {found} differs from the local {local.ray}: nodes and submitting machine need the same"
+            yield (
+                path,
+                f"Ray {found} differs from the local {local.ray}: nodes and submitting machine need the same",
+            )
     for major, minor in re.findall(r"(?:-py|python[=]{0,2}|/cp)(\d)\.?(\d+)", text):
         if f"{major}.{minor}" != local.python:
             yield (

@@ -9,7 +9,9 @@ def _keys(names: str) -> dict[str, Any]:
     return dict.fromkeys(names.split())
 
 
-_COMMON = _keys("type use_internal_ips cache_stopped_nodes disable_node_updaters disable_launch_config_check")
+_COMMON = _keys(
+    "type use_internal_ips cache_stopped_nodes disable_node_updaters disable_launch_config_check"
+)
 
 PROVIDER: dict[str, dict[str, Any]] = {
     "aws": {
@@ -22,7 +24,10 @@ PROVIDER: dict[str, dict[str, Any]] = {
 }
 
 # Without these the provider fails after `ray up` began.
-REQUIRED: dict[str, tuple[str, ...]] = {"aws": ("region",), "gcp": ("region", "availability_zone", "project_id")}
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "aws": ("region",),
+    "gcp": ("region", "availability_zone", "project_id"),
+}
 
 # EC2's RunInstances, as boto3's create_instances takes it, and Ray's own SubnetIds.
 _AWS: dict[str, Any] = {
@@ -37,12 +42,16 @@ _AWS: dict[str, Any] = {
     ),
     "BlockDeviceMappings": {
         **_keys("DeviceName VirtualName NoDevice"),
-        "Ebs": _keys("VolumeSize VolumeType DeleteOnTermination Encrypted Iops KmsKeyId SnapshotId Throughput OutpostArn"),
+        "Ebs": _keys(
+            "VolumeSize VolumeType DeleteOnTermination Encrypted Iops KmsKeyId SnapshotId Throughput OutpostArn"
+        ),
     },
     "IamInstanceProfile": _keys("Name Arn"),
     "InstanceMarketOptions": {
         "MarketType": None,
-        "SpotOptions": _keys("MaxPrice SpotInstanceType BlockDurationMinutes ValidUntil InstanceInterruptionBehavior"),
+        "SpotOptions": _keys(
+            "MaxPrice SpotInstanceType BlockDurationMinutes ValidUntil InstanceInterruptionBehavior"
+        ),
     },
 }
 
@@ -56,7 +65,9 @@ _GCP: dict[str, Any] = {
         "schedulingConfig serviceAccount dataDisks"
     ),
     "disks": {
-        **_keys("boot autoDelete type mode source deviceName index interface diskSizeGb kind diskEncryptionKey guestOsFeatures"),
+        **_keys(
+            "boot autoDelete type mode source deviceName index interface diskSizeGb kind diskEncryptionKey guestOsFeatures"
+        ),
         **_keys("licenses architecture forceAttach savedState"),
         "initializeParams": _keys(
             "diskSizeGb diskType sourceImage diskName labels description sourceSnapshot resourcePolicies provisionedIops "

@@ -17,12 +17,20 @@ KUBERNETES = "1.32"  # the version whose schemas pods are held against: fields o
 
 
 def _object(properties: Mapping[str, Any], *required: str) -> dict[str, Any]:
-    return {"type": "object", "properties": dict(properties), "required": list(required), "additionalProperties": False}
+    return {
+        "type": "object",
+        "properties": dict(properties),
+        "required": list(required),
+        "additionalProperties": False,
+    }
 
 
 _TEXT, _FLAG, _ANY = {"type": "string", "minLength": 1}, {"type": "boolean"}, {"type": "object"}
 _COUNT = {"type": "integer", "minimum": 0}
-_TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}  # rayStartParams are texts: a bare number is refused
+_TEXTS = {
+    "type": "object",
+    "additionalProperties": {"type": "string"},
+}  # rayStartParams are texts: a bare number is refused
 
 _HEAD = _object(
     {
@@ -60,7 +68,11 @@ _CLUSTER = _object(
     {
         "rayVersion": _TEXT,
         "authOptions": _object(
-            {"mode": {"enum": ["token", "disabled"]}, "secretName": _TEXT, "enableK8sTokenAuth": _FLAG},
+            {
+                "mode": {"enum": ["token", "disabled"]},
+                "secretName": _TEXT,
+                "enableK8sTokenAuth": _FLAG,
+            },
         ),
         "enableInTreeAutoscaling": _FLAG,
         "autoscalerOptions": _object(
@@ -134,19 +146,25 @@ def is_kubernetes(document: Mapping[str, Any]) -> bool:
     return "apiVersion" in document or "kind" in document
 
 
-def kubernetes_faults(documents: Sequence[dict[str, Any]], recipe: Config | None, local: Versions) -> Iterator[Fault]:
+def kubernetes_faults(
+    documents: Sequence[dict[str, Any]], recipe: Config | None, local: Versions
+) -> Iterator[Fault]:
     """Of RayCluster and RayJob documents by the schema above; of any other kind, and of pods, by Kubernetes' own."""
     for document in documents:
         api = document.get("apiVersion", "ray.io/v1")
         if str(api).startswith("ray.io"):
             yield from _ray_faults(document, recipe, local)
-        elif document.get("kind") == "Secret" and (document.get("data") or document.get("stringData")):
+        elif document.get("kind") == "Secret" and (
+            document.get("data") or document.get("stringData")
+        ):
             yield "data", "a Secret by value: make it with `kubectl create secret ... --from-file`"
         else:
             yield from _by_kubernetes(document, "")
 
 
-def _ray_faults(document: dict[str, Any], recipe: Config | None, local: Versions) -> Iterator[Fault]:
+def _ray_faults(
+    document: dict[str, Any], recipe: Config | None, local: Versions
+) -> Iterator[Fault]:
     shape = list(schema_faults(document, _DOCUMENT))
     yield from shape
     if shape:
@@ -157,9 +175,15 @@ def _ray_faults(document: dict[str, Any], recipe: Config | None, local: Versions
         if not spec.get("entrypoint") and spec.get("submissionMode") != "InteractiveMode":
             yield "spec.entrypoint", "missing"
         if ("rayClusterSpec" in spec) == ("clusterSelector" in spec):
-            yield "spec.rayClusterSpec", "exactly one of rayClusterSpec and clusterSelector is expected"
+            yield (
+                "spec.rayClusterSpec",
+                "exactly one of rayClusterSpec and clusterSelector is expected",
+            )
         if spec.get("ttlSecondsAfterFinished") and not spec.get("shutdownAfterJobFinishes"):
-            yield "spec.ttlSecondsAfterFinished", "has no effect without shutdownAfterJobFinishes: the cluster would stay"
+            yield (
+                "spec.ttlSecondsAfterFinished",
+                "has no effect without shutdownAfterJobFinishes: the cluster would stay",
+            )
         if isinstance(spec.get("submitterPodTemplate"), dict):
             yield from _pod_faults(spec["submitterPodTemplate"], "spec.submitterPodTemplate", local)
         if not isinstance(spec.get("rayClusterSpec"), dict):
@@ -168,7 +192,9 @@ def _ray_faults(document: dict[str, Any], recipe: Config | None, local: Versions
     yield from _cluster_faults(spec, at, recipe, local)
 
 
-def _cluster_faults(spec: dict[str, Any], at: str, recipe: Config | None, local: Versions) -> Iterator[Fault]:
+def _cluster_faults(
+    spec: dict[str, Any], at: str, recipe: Config | None, local: Versions
+) -> Iterator[Fault]:
     shape = list(schema_faults(spec, _CLUSTER, at))
     yield from shape
     if shape:
@@ -179,43 +205,69 @@ def _cluster_faults(spec: dict[str, Any], at: str, recipe: Config | None, local:
             f"{spec['rayVersion']} differs from the local {local.ray}: nodes and submitting machine need the same",
         )
     head, groups = spec["headGroupSpec"], spec.get("workerGroupSpecs", [])
-    host = head.get("rayStartParams", {}).get("dashboard-host", "0.0.0.0")  # the operator's own default
+    host = head.get("rayStartParams", {}).get(
+        "dashboard-host", "0.0.0.0"
+    )  # the operator's own default
     token = "authOptions" in spec and spec["authOptions"].get("mode", "token") == "token"
     if host == "0.0.0.0" and not token:
-        yield f"{at}.authOptions", "0.0.0.0 without token mode: whoever reaches the dashboard runs code here; add mode: token"
+        yield (
+            f"{at}.authOptions",
+            "0.0.0.0 without token mode: whoever reaches the dashboard runs code here; add mode: token",
+        )
     yield from _pod_faults(head["template"], f"{at}.headGroupSpec.template", local)
     names, growing = [g["groupName"] for g in groups], []
     for i, group in enumerate(groups):
         here = f"{at}.workerGroupSpecs.{i}"
-        least, most, now = group["minReplicas"], group["maxReplicas"], group.get("replicas", group["minReplicas"])
+        least, most, now = (
+            group["minReplicas"],
+            group["maxReplicas"],
+            group.get("replicas", group["minReplicas"]),
+        )
         if least > most:
             yield f"{here}.minReplicas", f"{least} is above maxReplicas, {most}"
         elif not least <= now <= most:
-            yield f"{here}.replicas", f"{now} is not between minReplicas, {least}, and maxReplicas, {most}"
+            yield (
+                f"{here}.replicas",
+                f"{now} is not between minReplicas, {least}, and maxReplicas, {most}",
+            )
         growing += [group["groupName"]] if now < most else []
         if group["groupName"] in names[:i]:
             yield f"{here}.groupName", f"{group['groupName']} stands there twice"
         yield from _pod_faults(group["template"], f"{here}.template", local)
     if growing and not spec.get("enableInTreeAutoscaling"):
-        yield f"{at}.enableInTreeAutoscaling", f"must be true for {', '.join(growing)} to grow to maxReplicas"
+        yield (
+            f"{at}.enableInTreeAutoscaling",
+            f"must be true for {', '.join(growing)} to grow to maxReplicas",
+        )
     if recipe is not None:
         try:
             nodes = [n for g in groups for n in _nodes(g)]
         except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
-            yield f"{at}.workerGroupSpecs", f"a group's resources cannot be read ({type(error).__name__}: {error})"
+            yield (
+                f"{at}.workerGroupSpecs",
+                f"a group's resources cannot be read ({type(error).__name__}: {error})",
+            )
             return
         yield from lacking(recipe, nodes, f"{at}.workerGroupSpecs")
 
 
 def _pod_faults(template: dict[str, Any], at: str, local: Versions) -> Iterator[Fault]:
-    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"} | (template.get("metadata") or {}), **_rest(template)}
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "pod"} | (template.get("metadata") or {}),
+        **_rest(template),
+    }
     yield from _by_kubernetes(pod, at)
     spec: dict[str, Any] = template["spec"] if isinstance(template.get("spec"), dict) else {}
     volumes = {v.get("name") for v in spec.get("volumes") or [] if isinstance(v, dict)}
     for i, container in enumerate(spec.get("containers") or []):
         for mount in (container.get("volumeMounts") or []) if isinstance(container, dict) else []:
             if isinstance(mount, dict) and mount.get("name") not in volumes:
-                yield f"{at}.spec.containers.{i}.volumeMounts", f"no volume is called {mount.get('name')}"
+                yield (
+                    f"{at}.spec.containers.{i}.volumeMounts",
+                    f"no volume is called {mount.get('name')}",
+                )
     for path, text in strings(template):
         if path.endswith(("image", "command", "args")) or ".command." in path or ".args." in path:
             yield from version_faults(join(at, path), text, local)
@@ -229,7 +281,9 @@ def _by_kubernetes(document: dict[str, Any], at: str) -> Iterator[Fault]:
     try:
         import kubernetes_validate
     except ImportError:
-        raise UserError("Kubernetes manifests are checked with kubernetes-validate: pip install 'midpo_ray[kuberay]'") from None
+        raise UserError(
+            "Kubernetes manifests are checked with kubernetes-validate: pip install 'midpo_ray[kuberay]'"
+        ) from None
     if "spec" not in document and document.get("kind") == "Pod":
         yield join(at, "spec"), "missing"
         return
@@ -238,20 +292,33 @@ def _by_kubernetes(document: dict[str, Any], at: str) -> Iterator[Fault]:
     except kubernetes_validate.ValidationError as error:
         yield from explain(error, at)
     except (kubernetes_validate.SchemaNotFoundError, KeyError):
-        yield join(at, "kind"), f"{document.get('apiVersion')} {document.get('kind')} is no kind of Kubernetes {KUBERNETES}"
+        yield (
+            join(at, "kind"),
+            f"{document.get('apiVersion')} {document.get('kind')} is no kind of Kubernetes {KUBERNETES}",
+        )
 
 
 def _nodes(group: dict[str, Any]) -> list[Node]:
     """The pods of a group at full scale, with the resources that Ray takes from group, start parameters, or container limits."""
     limits = group["template"]["spec"]["containers"][0].get("resources", {}).get("limits", {})
     start = group.get("rayStartParams", {})
-    resources = {"CPU": _quantity(limits.get("cpu")), "GPU": sum(_quantity(v) for k, v in limits.items() if k.endswith("/gpu"))}
-    resources |= {name: float(start[key]) for name, key in (("CPU", "num-cpus"), ("GPU", "num-gpus")) if key in start}
+    resources = {
+        "CPU": _quantity(limits.get("cpu")),
+        "GPU": sum(_quantity(v) for k, v in limits.items() if k.endswith("/gpu")),
+    }
+    resources |= {
+        name: float(start[key])
+        for name, key in (("CPU", "num-cpus"), ("GPU", "num-gpus"))
+        if key in start
+    }
     custom = start.get("resources", "").strip("'\"").replace('\\"', '"')
     if custom:
         resources |= {k: float(v) for k, v in json.loads(custom).items()}
     resources |= {k: _quantity(v) for k, v in group.get("resources", {}).items()}
-    return [Node(resources, group.get("labels", {})) for _ in range(min(group["maxReplicas"] * group.get("numOfHosts", 1), 1024))]
+    return [
+        Node(resources, group.get("labels", {}))
+        for _ in range(min(group["maxReplicas"] * group.get("numOfHosts", 1), 1024))
+    ]
 
 
 def _quantity(value: Any) -> float:

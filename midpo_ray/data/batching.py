@@ -54,7 +54,9 @@ class TokenBatch:
     labels: Tensor  # [N]
     owner: Tensor  # [N] in [0, S)
     anchor_index: Tensor  # [G] flat position of each prompt's last token
-    anchor_of: Tensor  # [R, T] in [0, G): the prompt that a token belongs to or follows; 0 at padding
+    anchor_of: (
+        Tensor  # [R, T] in [0, G): the prompt that a token belongs to or follows; 0 at padding
+    )
     segments: list[Segment]  # the same tree for the host, row by row
     responses: int  # S, document by document and response by response: of pair b 2b is chosen, 2b + 1 rejected
     _masks: dict[int | None, Tensor] = field(default_factory=dict, repr=False, compare=False)
@@ -96,7 +98,9 @@ def collate(documents: Sequence[Document], layout: Layout = "tree", pad_id: int 
     ([2, 3, 2, 5], [8, 2, 9, 2], [0, 0, 1, 1])
     """
     if not documents or any(not d.prefix or not all(d.suffixes) for d in documents):
-        raise ValueError("collate: at least one document is expected, and neither prompts nor responses without tokens")
+        raise ValueError(
+            "collate: at least one document is expected, and neither prompts nor responses without tokens"
+        )
     numbered = list(enumerate(documents))
     rows: list[list[tuple[int, list[int], list[list[int]]]]]
     if layout == "packed":
@@ -104,10 +108,16 @@ def collate(documents: Sequence[Document], layout: Layout = "tree", pad_id: int 
     elif layout == "tree":
         rows = [[(d, document.prefix, document.suffixes)] for d, document in numbered]
     elif layout == "padded":
-        rows = [[(d, document.prefix, [suffix])] for d, document in numbered for suffix in document.suffixes]
+        rows = [
+            [(d, document.prefix, [suffix])]
+            for d, document in numbered
+            for suffix in document.suffixes
+        ]
     else:
         raise ValueError(f"collate: layout is {layout!r}, allowed are 'tree', 'packed', 'padded'")
-    width = max(sum(len(prefix) + sum(map(len, suffixes)) for _, prefix, suffixes in row) for row in rows)
+    width = max(
+        sum(len(prefix) + sum(map(len, suffixes)) for _, prefix, suffixes in row) for row in rows
+    )
     shape = (len(rows), width)
     ids: list[int] = []
     positions: list[int] = []
@@ -134,7 +144,9 @@ def collate(documents: Sequence[Document], layout: Layout = "tree", pad_id: int 
             flat += length
             for branch, suffix in enumerate(suffixes, 1):
                 n = len(suffix)
-                segments.append(Segment(start // width, prompt, slice(flat - start, flat - start + n)))
+                segments.append(
+                    Segment(start // width, prompt, slice(flat - start, flat - start + n))
+                )
                 ids += suffix
                 positions += range(length, length + n)
                 branches += [branch] * n
@@ -181,14 +193,20 @@ def plan_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int)
     whole = len(order) - len(order) % batch_size
     batches = []
     for start in range(0, whole, POOL * batch_size):
-        pool = sorted(order[start : min(start + POOL * batch_size, whole)], key=lambda i: lengths[i])
+        pool = sorted(
+            order[start : min(start + POOL * batch_size, whole)], key=lambda i: lengths[i]
+        )
         batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
     rng.shuffle(batches)
     return batches + ([order[whole:]] if whole < len(order) else [])
 
 
 def split_batch(
-    batch: Sequence[int], lengths: Sequence[int], world: int, batch_tokens: int, layout: Layout = "tree"
+    batch: Sequence[int],
+    lengths: Sequence[int],
+    world: int,
+    batch_tokens: int,
+    layout: Layout = "tree",
 ) -> list[list[list[int]]]:
     """``[rank][micro-batch][pair]``: a global batch cut for ``world`` ranks, each micro-batch within ``batch_tokens`` of rows.
 
@@ -198,27 +216,38 @@ def split_batch(
     """
     parts = _cut(sorted(batch, key=lambda i: (-lengths[i], i)), lengths, batch_tokens, layout)
     while len(parts) % world:
-        largest = max((p for p in parts if len(p) > 1), key=lambda p: cost(p, lengths, layout), default=None)
+        largest = max(
+            (p for p in parts if len(p) > 1), key=lambda p: cost(p, lengths, layout), default=None
+        )
         if largest is None:
             parts += [[] for _ in range(world - len(parts) % world)]
         else:
             parts.remove(largest)
-            at = min(range(1, len(largest)), key=lambda k: max(cost(p, lengths, layout) for p in (largest[:k], largest[k:])))
+            at = min(
+                range(1, len(largest)),
+                key=lambda k: max(cost(p, lengths, layout) for p in (largest[:k], largest[k:])),
+            )
             parts += [largest[:at], largest[at:]]
     parts.sort(key=lambda p: (-cost(p, lengths, layout), p))
     ranks: list[list[list[int]]] = [[] for _ in range(world)]
     load = [0] * world
     for start in range(0, len(parts), world):
-        idlest = sorted(range(world), key=lambda r: (load[r], r))  # the costliest of the next parts goes where least was given
+        idlest = sorted(
+            range(world), key=lambda r: (load[r], r)
+        )  # the costliest of the next parts goes where least was given
         for rank, part in zip(idlest, parts[start : start + world], strict=True):
             ranks[rank].append(part)
             load[rank] += cost(part, lengths, layout)
     return ranks
 
 
-def _cut(ordered: list[int], lengths: Sequence[int], batch_tokens: int, layout: Layout) -> list[list[int]]:
+def _cut(
+    ordered: list[int], lengths: Sequence[int], batch_tokens: int, layout: Layout
+) -> list[list[int]]:
     """Consecutive parts within the budget, with the least padding plus ``PASS_COST`` for each part."""
-    best: list[tuple[float, int]] = [(0, 0)]  # of the first n: total, and where the last part begins
+    best: list[tuple[float, int]] = [
+        (0, 0)
+    ]  # of the first n: total, and where the last part begins
     for end in range(1, len(ordered) + 1):
         options = []
         for start in range(end - 1, -1, -1):
@@ -238,10 +267,16 @@ def cost(part: Sequence[int], lengths: Sequence[int], layout: Layout) -> int:
     """Tokens of the rows that some pairs make, padding included (``padded``: as if both responses were equally long)."""
     if not part:
         return 0
-    return sum(lengths[i] for i in part) if layout == "packed" else len(part) * max(lengths[i] for i in part)
+    return (
+        sum(lengths[i] for i in part)
+        if layout == "packed"
+        else len(part) * max(lengths[i] for i in part)
+    )
 
 
-def wasted_share(parts: Sequence[Sequence[int]], lengths: Sequence[int], layout: Layout = "tree") -> float:
+def wasted_share(
+    parts: Sequence[Sequence[int]], lengths: Sequence[int], layout: Layout = "tree"
+) -> float:
     """The share of padding among the tokens of some micro-batches."""
     total = sum(cost(part, lengths, layout) for part in parts)
     return 1.0 - sum(lengths[i] for part in parts for i in part) / total if total else 0.0

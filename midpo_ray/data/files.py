@@ -47,11 +47,17 @@ def _ending(path: Path) -> str | None:
 def _folder(folder: Path, split: str) -> Iterator[tuple[str, Row]]:
     """All files beneath, sorted; where names tell splits (train-00000.parquet, test.jsonl) those of the split alone."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and _ending(file))
-    words = {file: set(re.split(r"[^a-z]+", str(file.relative_to(folder)).lower())) for file in files}
+    words = {
+        file: set(re.split(r"[^a-z]+", str(file.relative_to(folder)).lower())) for file in files
+    }
     named = set().union(*words.values()) & _SPLITS if files else set()
     chosen = [file for file in files if split in words[file]] if named else files
     if not chosen:
-        found = f"no file of the split {split!r}; there are {', '.join(sorted(named))}" if named else "no file ending in "
+        found = (
+            f"no file of the split {split!r}; there are {', '.join(sorted(named))}"
+            if named
+            else "no file ending in "
+        )
         raise UserError(f"{folder}: {found}{'' if named else _endings()}")
     for file in chosen:
         yield from _file(file)
@@ -87,7 +93,9 @@ def _decoded(file: Path, stream: IO[bytes]) -> Iterator[tuple[int, str]]:
         try:
             yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"{file}:{number}: not UTF-8 (byte {error.start + 1} of the line): convert the file") from None
+            raise UserError(
+                f"{file}:{number}: not UTF-8 (byte {error.start + 1} of the line): convert the file"
+            ) from None
 
 
 def _json_lines(file: Path, stream: IO[bytes]) -> Iterator[tuple[str, Row]]:
@@ -97,7 +105,11 @@ def _json_lines(file: Path, stream: IO[bytes]) -> Iterator[tuple[str, Row]]:
         try:
             row = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
+            what = (
+                f"{error.msg} at column {error.colno}"
+                if isinstance(error, json.JSONDecodeError)
+                else "nested too deep"
+            )
             raise UserError(f"{file}:{number}: malformed JSON ({what})") from None
         yield f"{file}:{number}", _object(row, f"{file}:{number}")
 
@@ -113,14 +125,18 @@ def _json(file: Path, stream: IO[bytes]) -> Iterator[tuple[str, Row]]:
         rows = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         where = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise UserError(f"{file}{where}: malformed JSON ({getattr(error, 'msg', 'nested too deep')})") from None
+        raise UserError(
+            f"{file}{where}: malformed JSON ({getattr(error, 'msg', 'nested too deep')})"
+        ) from None
     for number, row in enumerate(rows, 1):
         yield f"{file} row {number}", _object(row, f"{file} row {number}")
 
 
 def _object(row: Any, source: str) -> Row:
     if not isinstance(row, dict):
-        raise UserError(f"{source}: a JSON object with the row's columns is expected, this is {type(row).__name__}")
+        raise UserError(
+            f"{source}: a JSON object with the row's columns is expected, this is {type(row).__name__}"
+        )
     return row
 
 
@@ -138,7 +154,13 @@ def _csv(file: Path, stream: IO[bytes]) -> Iterator[tuple[str, Row]]:
             elif len(fields) != len(header):
                 raise UserError(f"{source}: {len(fields)} fields, the header has {len(header)}")
             else:
-                yield source, {name: _csv_value(name, text) for name, text in zip(header, fields, strict=True)}
+                yield (
+                    source,
+                    {
+                        name: _csv_value(name, text)
+                        for name, text in zip(header, fields, strict=True)
+                    },
+                )
     except csv.Error as error:
         raise UserError(f"{file}:{start}: malformed CSV ({error})") from None
 
@@ -147,7 +169,18 @@ def _csv_value(name: str, text: str) -> Any:
     """CSV has texts alone: labels are given their type here; a text that is no label is left for the reader to refuse."""
     if not re.fullmatch(r"is_response_[01]_safe|(better|safer)_response_id", name):
         return text
-    known = {"": None, "null": None, "none": None, "nan": None, "true": True, "false": False, "0": 0, "1": 1, "0.0": 0, "1.0": 1}
+    known = {
+        "": None,
+        "null": None,
+        "none": None,
+        "nan": None,
+        "true": True,
+        "false": False,
+        "0": 0,
+        "1": 1,
+        "0.0": 0,
+        "1.0": 1,
+    }
     return known.get(text.strip().lower(), text)
 
 
@@ -157,7 +190,9 @@ def _parquet(file: Path, stream: IO[bytes]) -> Iterator[tuple[str, Row]]:
 
     try:
         number = 0
-        for batch in pq.ParquetFile(io.BytesIO(stream.read()) if file.suffix == ".gz" else file).iter_batches(4096):
+        for batch in pq.ParquetFile(
+            io.BytesIO(stream.read()) if file.suffix == ".gz" else file
+        ).iter_batches(4096):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{file} row {number}", row

@@ -43,18 +43,36 @@ def describe(
         if choices:
             lines.append(f"  {'':<28}{_balance(pairs, choices)}")
     if stage in ("router", "pareto", "ranked"):
-        lines.append("  The rules pareto and ranked read scores, which a run makes: they are not counted here.")
-    sided = stage in LABEL_VIEWS  # else no response is the chosen one yet, and all pairs are measured
+        lines.append(
+            "  The rules pareto and ranked read scores, which a run makes: they are not counted here."
+        )
+    sided = (
+        stage in LABEL_VIEWS
+    )  # else no response is the chosen one yet, and all pairs are measured
     choices = chosen[views[0]][0] if sided else [(i, 0) for i in range(len(pairs))]
     if not choices:
         return "\n".join([*lines, "", "no pair to measure or show"])
     if tokenization is None:
-        return "\n".join([*lines, "", *_text_lengths(pairs, choices), "", *_texts(pairs, choices[:show], sided)])
-    return "\n".join([*lines, "", *_tokens(pairs, choices, tokenization, tokenizer or tokenization.tokenizer, show, sided)])
+        return "\n".join(
+            [*lines, "", *_text_lengths(pairs, choices), "", *_texts(pairs, choices[:show], sided)]
+        )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            *_tokens(
+                pairs, choices, tokenization, tokenizer or tokenization.tokenizer, show, sided
+            ),
+        ]
+    )
 
 
 def special_faults(
-    prefix: Sequence[int], responses: Sequence[Sequence[int]], template: Sequence[int], bos: int | None, eos: int
+    prefix: Sequence[int],
+    responses: Sequence[Sequence[int]],
+    template: Sequence[int],
+    bos: int | None,
+    eos: int,
 ) -> list[str]:
     """Faults of BOS and EOS in one document, as texts.
 
@@ -100,10 +118,20 @@ def _labels(pairs: Sequence[Pair]) -> list[str]:
         return ", ".join(f"{value} {counts[value]}" for value in sorted(counts, key=str))
 
     safety = Counter(
-        "unknown" if None in p.safe else ("none safe", "one safe", "both safe")[sum(map(bool, p.safe))] for p in pairs
+        "unknown"
+        if None in p.safe
+        else ("none safe", "one safe", "both safe")[sum(map(bool, p.safe))]
+        for p in pairs
     )
-    agree = Counter("same" if p.better == p.safer else "differ" for p in pairs if None not in (p.better, p.safer))
-    wrong = sum(p.safer is not None and p.safe[p.safer] is False and p.safe[1 - p.safer] is True for p in pairs)
+    agree = Counter(
+        "same" if p.better == p.safer else "differ"
+        for p in pairs
+        if None not in (p.better, p.safer)
+    )
+    wrong = sum(
+        p.safer is not None and p.safe[p.safer] is False and p.safe[1 - p.safer] is True
+        for p in pairs
+    )
     lines = [
         "labels",
         f"  better_response_id: {of('null' if p.better is None else p.better for p in pairs)}",
@@ -111,27 +139,39 @@ def _labels(pairs: Sequence[Pair]) -> list[str]:
         f"  safe flags: {', '.join(f'{name} {count}' for name, count in sorted(safety.items()))}",
     ]
     if agree:
-        lines.append(f"  better and safer: {', '.join(f'{name} {count}' for name, count in sorted(agree.items()))}")
+        lines.append(
+            f"  better and safer: {', '.join(f'{name} {count}' for name, count in sorted(agree.items()))}"
+        )
     if wrong:
-        lines.append(f"  warning: in {wrong} pairs safer_response_id is the unsafe response beside a safe one")
+        lines.append(
+            f"  warning: in {wrong} pairs safer_response_id is the unsafe response beside a safe one"
+        )
     return lines
 
 
 def _balance(pairs: Sequence[Pair], choices: Sequence[Choice]) -> str:
     first = sum(side == 0 for _, side in choices) / len(choices)
-    longer = [len(pairs[i].responses[side]) - len(pairs[i].responses[1 - side]) for i, side in choices]
+    longer = [
+        len(pairs[i].responses[side]) - len(pairs[i].responses[1 - side]) for i, side in choices
+    ]
     return f"chosen is response 0 in {first:.2f}, the longer text in {sum(d > 0 for d in longer) / len(choices):.2f}"
 
 
 def _reasons(dropped: Mapping[str, int]) -> str:
-    return f"   left out: {', '.join(f'{n} {reason}' for reason, n in dropped.items())}" if dropped else ""
+    return (
+        f"   left out: {', '.join(f'{n} {reason}' for reason, n in dropped.items())}"
+        if dropped
+        else ""
+    )
 
 
 def _table(title: str, unit: str, rows: Mapping[str, Sequence[int]]) -> list[str]:
     lines = [f"{title:<28}{'mean':>8}{'p50':>8}{'p90':>8}{'p99':>8}{'max':>8}  {unit}"]
     for name, values in rows.items():
         ordered = sorted(values)
-        points = [ordered[min(len(ordered) - 1, int(share * len(ordered)))] for share in (0.5, 0.9, 0.99)]
+        points = [
+            ordered[min(len(ordered) - 1, int(share * len(ordered)))] for share in (0.5, 0.9, 0.99)
+        ]
         figures = "".join(f"{x:>8}" for x in (*points, ordered[-1]))
         lines.append(f"  {name:<26}{sum(ordered) / len(ordered):>8.1f}{figures}")
     return lines
@@ -181,13 +221,19 @@ def _tokens(
     before = Counter(tokenization.counts)
     documents = tokenization.documents([pairs[i] for i, _ in choices])
     cut = tokenization.counts - before
-    kept = [(pairs[i], side, doc) for (i, side), doc in zip(choices, documents, strict=True) if doc is not None]
+    kept = [
+        (pairs[i], side, doc)
+        for (i, side), doc in zip(choices, documents, strict=True)
+        if doc is not None
+    ]
     if not kept:
         return [f"no pair is left after tokenising{_reasons(cut)}"]
     lengths = {
         "prompt": [len(prefix) for _, _, (prefix, _) in kept],
         "response": [len(ids) for _, _, (_, suffixes) in kept for ids in suffixes],
-        "prompt and response": [len(prefix) + len(ids) for _, _, (prefix, suffixes) in kept for ids in suffixes],
+        "prompt and response": [
+            len(prefix) + len(ids) for _, _, (prefix, suffixes) in kept for ids in suffixes
+        ],
     }
     lines = _table("length", f"tokens, at most {tokenization.max_length}", lengths)
     lines += [f"  {count} {what}" for what, count in cut.items()]
@@ -198,12 +244,21 @@ def _tokens(
         roles = tuple(role for role, _ in pair.prompt)
         if roles not in templates:
             templates[roles] = tokenization.template_ids(pair.prompt)
-        for fault in special_faults(prefix, suffixes, templates[roles], tokenization.bos, tokenization.eos):
+        for fault in special_faults(
+            prefix, suffixes, templates[roles], tokenization.bos, tokenization.eos
+        ):
             faults[fault] += 1
             first.setdefault(fault, pair.source)
-    lines += [f"  warning: {fault}: {count} pairs, first {first[fault]}" for fault, count in faults.items()]
+    lines += [
+        f"  warning: {fault}: {count} pairs, first {first[fault]}"
+        for fault, count in faults.items()
+    ]
     template = "the tokenizer's chat template" if tokenization.chat else repr(tokenization.template)
-    lines += ["", f"template: {template}", f"unconditional context: {_named(tokenizer, tokenization.null_ids)}"]
+    lines += [
+        "",
+        f"template: {template}",
+        f"unconditional context: {_named(tokenizer, tokenization.null_ids)}",
+    ]
     for pair, side, (prefix, suffixes) in kept[:show]:
         lines += ["", _title(pair, side, sided)]
         lines += _row("prompt", 0, prefix, tokenizer)
@@ -213,7 +268,9 @@ def _tokens(
     return lines
 
 
-def _row(title: str, mask: int, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _row(
+    title: str, mask: int, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
     """Tokens set apart by spaces, each line headed by its response mask; the middle of a long row is left out."""
     names = tokenizer.convert_ids_to_tokens(list(ids))
     words = [_printable(str(name)).replace(" ", "\\x20") for name in names]

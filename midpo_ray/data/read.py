@@ -32,7 +32,9 @@ class ReadReport:
     rows: list[tuple[str, int]] = field(default_factory=list)  # (path, rows in it)
     kept: list[tuple[str, int]] = field(default_factory=list)  # (path, pairs of it in the mixture)
     dropped: Counter[str] = field(default_factory=Counter)  # rows by reason
-    conflicts: list[str] = field(default_factory=list)  # "FILE:9 contradicts FILE:3 (safer_response_id)"; the later is dropped
+    conflicts: list[str] = field(
+        default_factory=list
+    )  # "FILE:9 contradicts FILE:3 (safer_response_id)"; the later is dropped
     notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -59,14 +61,22 @@ def read_pairs(sets: Sequence[DataSet], *, seed: int) -> tuple[list[Pair], ReadR
         pairs = _without_repeats(_read_set(data_set, report), report)
         if data_set.rows is not None:
             if data_set.rows > len(pairs):
-                report.notes.append(f"{data_set.path}: {data_set.rows} rows are asked for, it has {len(pairs)}: all are taken")
+                report.notes.append(
+                    f"{data_set.path}: {data_set.rows} rows are asked for, it has {len(pairs)}: all are taken"
+                )
             pairs = _draw(pairs, data_set.rows, f"{seed}:rows:{number}")
         drawn.append(pairs)
-    shares = {number: data_set.weight for number, data_set in enumerate(sets) if data_set.weight is not None}
+    shares = {
+        number: data_set.weight
+        for number, data_set in enumerate(sets)
+        if data_set.weight is not None
+    }
     if shares:
         total = min(len(drawn[number]) / weight for number, weight in shares.items())
         for number, weight in shares.items():
-            drawn[number] = _draw(drawn[number], math.floor(total * weight + 1e-9), f"{seed}:weight:{number}")
+            drawn[number] = _draw(
+                drawn[number], math.floor(total * weight + 1e-9), f"{seed}:weight:{number}"
+            )
     report.kept = [(data_set.path, len(pairs)) for data_set, pairs in zip(sets, drawn, strict=True)]
     mixed = list(itertools.chain.from_iterable(drawn))
     return (_without_repeats(mixed, report) if len(sets) > 1 else mixed), report
@@ -111,7 +121,11 @@ def _without_repeats(pairs: Iterable[Pair], report: ReadReport) -> list[Pair]:
         old = kept[place]
         new = pair if pair.responses == old.responses else _swapped(pair)
         mine, theirs = old.labels, new.labels
-        clash = [name for name, a, b in zip(LABELS, mine, theirs, strict=True) if None not in (a, b) and a != b]
+        clash = [
+            name
+            for name, a, b in zip(LABELS, mine, theirs, strict=True)
+            if None not in (a, b) and a != b
+        ]
         if clash:
             report.conflicts.append(f"{pair.source} contradicts {old.source} ({', '.join(clash)})")
             report.dropped["contradicts an earlier row"] += 1
@@ -119,13 +133,21 @@ def _without_repeats(pairs: Iterable[Pair], report: ReadReport) -> list[Pair]:
         report.dropped["repeats an earlier row"] += 1
         if None in mine:
             filled: list[Any] = [b if a is None else a for a, b in zip(mine, theirs, strict=True)]
-            kept[place] = replace(old, safe=(filled[0], filled[1]), better=filled[2], safer=filled[3])
+            kept[place] = replace(
+                old, safe=(filled[0], filled[1]), better=filled[2], safer=filled[3]
+            )
     return kept
 
 
 def _swapped(pair: Pair) -> Pair:
     other = {None: None, 0: 1, 1: 0}
-    return replace(pair, responses=pair.responses[::-1], safe=pair.safe[::-1], better=other[pair.better], safer=other[pair.safer])
+    return replace(
+        pair,
+        responses=pair.responses[::-1],
+        safe=pair.safe[::-1],
+        better=other[pair.better],
+        safer=other[pair.safer],
+    )
 
 
 def _pair(row: Row, source: str, labels: str) -> Pair:
@@ -166,7 +188,9 @@ def _preference(row: Row, source: str, labels: str) -> Pair:
     if all(isinstance(side, list) for side in sides):
         prompt, responses = _from_messages(row, source)
     elif not all(isinstance(side, str) for side in sides):
-        raise UserError(f"{source}: chosen and rejected are to be two texts or two lists of messages")
+        raise UserError(
+            f"{source}: chosen and rejected are to be two texts or two lists of messages"
+        )
     elif row.get("prompt") is not None:
         prompt = _prompt(row["prompt"], source)
         responses = (_response(row, "chosen", source), _response(row, "rejected", source))
@@ -175,7 +199,11 @@ def _preference(row: Row, source: str, labels: str) -> Pair:
     else:
         prompt, responses = _shared_beginning(sides[0], sides[1], source)
     margin = row.get("margin")
-    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float | str) or not _is_finite(margin)):
+    if margin is not None and (
+        isinstance(margin, bool)
+        or not isinstance(margin, int | float | str)
+        or not _is_finite(margin)
+    ):
         raise UserError(f"{source}: margin is {margin!r}, a finite number is expected")
     return Pair(
         prompt=prompt,
@@ -191,17 +219,24 @@ def _preference(row: Row, source: str, labels: str) -> Pair:
 
 def _from_messages(row: Row, source: str) -> tuple[Prompt, tuple[str, str]]:
     """Message lists: whole conversations that differ in the last message, or that message alone beside an explicit prompt."""
-    chosen, rejected = _messages(row["chosen"], "chosen", source), _messages(row["rejected"], "rejected", source)
+    chosen, rejected = (
+        _messages(row["chosen"], "chosen", source),
+        _messages(row["rejected"], "rejected", source),
+    )
     if len(chosen) == len(rejected) == 1:
         _need(row, source, "prompt")
         prompt = _prompt(row["prompt"], source)
     elif chosen[:-1] == rejected[:-1]:
         prompt = _checked(chosen[:-1], source)
     else:
-        raise UserError(f"{source}: chosen and rejected are to be the same conversation but for the last message")
+        raise UserError(
+            f"{source}: chosen and rejected are to be the same conversation but for the last message"
+        )
     for name, last in (("chosen", chosen[-1]), ("rejected", rejected[-1])):
         if last[0] != "assistant":
-            raise UserError(f"{source}: the last message of {name} has the role {last[0]!r}, assistant is expected")
+            raise UserError(
+                f"{source}: the last message of {name} has the role {last[0]!r}, assistant is expected"
+            )
         _text(last[1], name, source)
     return prompt, (chosen[-1][1], rejected[-1][1])
 
@@ -214,7 +249,9 @@ def _dialogue(text: str) -> list[Message]:
     """hh-rlhf's "\\n\\nHuman: ...\\n\\nAssistant: ..." as messages; turns of one speaker in a row become one."""
     parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.lstrip())
     roles = {"Human": "user", "Assistant": "assistant"}
-    return _joined((roles[who], said.strip()) for who, said in zip(parts[1::2], parts[2::2], strict=True))
+    return _joined(
+        (roles[who], said.strip()) for who, said in zip(parts[1::2], parts[2::2], strict=True)
+    )
 
 
 def _from_dialogues(chosen: str, rejected: str) -> tuple[Prompt, tuple[str, str]]:
@@ -222,7 +259,12 @@ def _from_dialogues(chosen: str, rejected: str) -> tuple[Prompt, tuple[str, str]
     first, second = _dialogue(chosen), _dialogue(rejected)
     if first[:-1] != second[:-1]:
         raise _Unusable("dialogues part before the last answer")
-    if first[-1][0] != "assistant" or second[-1][0] != "assistant" or not first[-1][1] or not second[-1][1]:
+    if (
+        first[-1][0] != "assistant"
+        or second[-1][0] != "assistant"
+        or not first[-1][1]
+        or not second[-1][1]
+    ):
         raise _Unusable("dialogue without a last answer")
     if len(first) < 2 or not first[-2][1]:
         raise _Unusable("dialogue without a question")
@@ -231,13 +273,18 @@ def _from_dialogues(chosen: str, rejected: str) -> tuple[Prompt, tuple[str, str]
 
 def _shared_beginning(chosen: str, rejected: str, source: str) -> tuple[Prompt, tuple[str, str]]:
     """TRL's implicit prompt: what both texts begin with, cut back to the end of a word."""
-    cut = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected)))
+    cut = next(
+        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b),
+        min(len(chosen), len(rejected)),
+    )
     while cut and not chosen[cut - 1].isspace():
         cut -= 1
     while cut and chosen[cut - 1].isspace():
         cut -= 1
     if not chosen[:cut].strip():
-        raise UserError(f"{source}: no column prompt, and chosen and rejected do not begin with the same words")
+        raise UserError(
+            f"{source}: no column prompt, and chosen and rejected do not begin with the same words"
+        )
     responses = chosen[cut:].strip(), rejected[cut:].strip()
     for name, response in zip(("chosen", "rejected"), responses, strict=True):
         _text(response, name, source)
@@ -258,7 +305,9 @@ def _checked(messages: Sequence[Message], source: str) -> Prompt:
     """A prompt of messages ends with a user's, and that one says something."""
     if not messages or messages[-1][0] != "user":
         role = messages[-1][0] if messages else "none"
-        raise UserError(f"{source}: the prompt's last message has the role {role!r}, user is expected")
+        raise UserError(
+            f"{source}: the prompt's last message has the role {role!r}, user is expected"
+        )
     _text(messages[-1][1], "prompt", source)
     return tuple(messages)
 
@@ -266,7 +315,11 @@ def _checked(messages: Sequence[Message], source: str) -> Prompt:
 def _messages(value: Any, name: str, source: str) -> list[Message]:
     messages = []
     for message in value:
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
+        role, content = (
+            (message.get("role"), message.get("content"))
+            if isinstance(message, Mapping)
+            else (None, None)
+        )
         if role not in ("system", "user", "assistant") or not isinstance(content, str):
             raise UserError(
                 f"{source}: {name} holds {_short(message)}; a message is an object with the role system, user or assistant "
@@ -296,7 +349,9 @@ def _text(value: Any, name: str, source: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{source}: {name} holds half a character (a lone surrogate), which is not valid Unicode") from None
+        raise UserError(
+            f"{source}: {name} holds half a character (a lone surrogate), which is not valid Unicode"
+        ) from None
     return value
 
 
@@ -319,7 +374,9 @@ def _flag(row: Row, name: str, source: str) -> bool | None:
 
 
 def _is_null(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))  # a table program writes missing labels as NaN
+    return value is None or (
+        isinstance(value, float) and math.isnan(value)
+    )  # a table program writes missing labels as NaN
 
 
 def _is_finite(value: float | str) -> bool:
@@ -347,4 +404,8 @@ def _short(value: Any) -> str:
 
 def _extra(row: Row, taken: set[str]) -> dict[str, Any]:
     """Plain values of the columns not read here; lists and objects (harm categories, say) would only cost memory."""
-    return {k: v for k, v in row.items() if k not in taken and isinstance(v, str | int | float) and v != ""}
+    return {
+        k: v
+        for k, v in row.items()
+        if k not in taken and isinstance(v, str | int | float) and v != ""
+    }

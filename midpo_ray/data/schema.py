@@ -23,7 +23,9 @@ class Pair:
     safer: int | None = None  # 0 or 1, the safer response
     margin: float | None = None  # TRL's margin column
     source: str = ""  # "FILE:LINE" or "FILE row N", for messages
-    extra: Mapping[str, Any] = field(default_factory=dict)  # the other columns' plain values, for column scorers
+    extra: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # the other columns' plain values, for column scorers
 
     @property
     def labels(self) -> tuple[bool | None, bool | None, int | None, int | None]:
@@ -42,4 +44,6 @@ def response_key(prompt: Prompt, response: str) -> str:
 
 
 def _hash(content: Any) -> str:
-    return hashlib.blake2b(json.dumps(content, ensure_ascii=False).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(
+        json.dumps(content, ensure_ascii=False).encode(), digest_size=16
+    ).hexdigest()

@@ -40,14 +40,18 @@ class Tokenization:
             )
         self.bos: int | None = tokenizer.bos_token_id
         self.eos: int = tokenizer.eos_token_id
-        self.chat = data.template == "chat" or (data.template == "auto" and bool(tokenizer.chat_template))
+        self.chat = data.template == "chat" or (
+            data.template == "auto" and bool(tokenizer.chat_template)
+        )
         if self.chat and not tokenizer.chat_template:
             raise UserError(
                 f"data.template is chat, and the tokenizer {name} has no chat template: use paper or a text with {{prompt}}"
             )
         self.template = PAPER if data.template in ("auto", "paper") else data.template
         if "{prompt}" not in self.template and not self.chat:
-            raise UserError(f"data.template is {data.template!r}, allowed are auto, chat, paper, or a text that holds {{prompt}}")
+            raise UserError(
+                f"data.template is {data.template!r}, allowed are auto, chat, paper, or a text that holds {{prompt}}"
+            )
         self.max_length = data.max_length
         self.max_prompt_length = data.max_prompt_length or data.max_length // 2
         if self.max_prompt_length >= self.max_length:
@@ -80,7 +84,12 @@ class Tokenization:
         alone = [self.eos if self.bos is None else self.bos]
         if self.data.null_context == "bos":
             return alone
-        return self._encode_prompts([(("user", ""),)], ["data.null_context template"])[0][-self.max_prompt_length :] or alone
+        return (
+            self._encode_prompts([(("user", ""),)], ["data.null_context template"])[0][
+                -self.max_prompt_length :
+            ]
+            or alone
+        )
 
     def response_ids(self, text: str, room: int) -> tuple[Ids, bool]:
         """At most ``room`` ids of a response, and whether it was cut; EOS ends it where it was not."""
@@ -95,12 +104,18 @@ class Tokenization:
         Raises:
             UserError: a prompt longer than ``max_length`` where ``long_prompts`` is error, or a response of no tokens.
         """
-        prompts = self._encode_prompts([pair.prompt for pair in pairs], [pair.source for pair in pairs])
+        prompts = self._encode_prompts(
+            [pair.prompt for pair in pairs], [pair.source for pair in pairs]
+        )
         responses = self._encode_responses([text for pair in pairs for text in pair.responses])
         made: list[tuple[Ids, list[Ids]] | None] = []
         for i, (ids, pair) in enumerate(zip(prompts, pairs, strict=True)):
             prefix = self._bounded(ids, pair.source)
-            made.append(None if prefix is None else self._document(prefix, responses[2 * i : 2 * i + 2], pair.source))
+            made.append(
+                None
+                if prefix is None
+                else self._document(prefix, responses[2 * i : 2 * i + 2], pair.source)
+            )
         return made
 
     @cached_property
@@ -109,9 +124,21 @@ class Tokenization:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         content: Any = sorted(self.tokenizer.get_vocab().items())
         if backend is not None:
-            content = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
+            content = {
+                k: v
+                for k, v in json.loads(backend.to_str()).items()
+                if k not in ("truncation", "padding")
+            }
         template = self.tokenizer.chat_template if self.chat else self.template
-        return digest(content, template, self.bos, self.eos, self.max_length, self.max_prompt_length, self.null_ids)
+        return digest(
+            content,
+            template,
+            self.bos,
+            self.eos,
+            self.max_length,
+            self.max_prompt_length,
+            self.null_ids,
+        )
 
     def template_ids(self, prompt: Prompt) -> Ids:
         """Ids of the same turns with nothing said in them: which special tokens are the template's own."""
@@ -119,12 +146,16 @@ class Tokenization:
 
     # How it is done
 
-    def _document(self, prefix: Ids, answers: Sequence[Ids], source: str) -> tuple[Ids, list[Ids]] | None:
+    def _document(
+        self, prefix: Ids, answers: Sequence[Ids], source: str
+    ) -> tuple[Ids, list[Ids]] | None:
         suffixes = []
         cuts = 0
         for number, answer in enumerate(answers):
             if not answer:
-                raise UserError(f"{source}: response {number} has no tokens, a text that the tokenizer knows is expected")
+                raise UserError(
+                    f"{source}: response {number} has no tokens, a text that the tokenizer knows is expected"
+                )
             ids, cut = self._end(answer, self.max_length - len(prefix))
             suffixes.append(ids)
             cuts += cut
@@ -144,7 +175,9 @@ class Tokenization:
             self.counts["prompt longer than max_length"] += 1
             return None
         self.counts["prompts cut"] += 1
-        if self.bos is not None and ids[0] == self.bos and self.max_prompt_length > 1:  # BOS stays in front (ours)
+        if (
+            self.bos is not None and ids[0] == self.bos and self.max_prompt_length > 1
+        ):  # BOS stays in front (ours)
             return [self.bos, *ids[-(self.max_prompt_length - 1) :]]
         return ids[-self.max_prompt_length :]
 
@@ -163,7 +196,9 @@ class Tokenization:
         many = self._encode(texts)
         if self.bos is None:
             return many
-        for i, ids in enumerate(many):  # BOS once: a chat template says itself where it stands, a plain one gets it in front
+        for i, ids in enumerate(
+            many
+        ):  # BOS once: a chat template says itself where it stands, a plain one gets it in front
             while ids[:2] == [self.bos, self.bos]:
                 del ids[0]
             if not self.chat and ids[:1] != [self.bos]:
@@ -175,7 +210,9 @@ class Tokenization:
         many = self._encode([self._lead + self._gap + text for text in texts], plain=True)
         skip = len(self._lead_ids)
         for i, ids in enumerate(many):
-            if ids[:skip] != self._lead_ids:  # the lead grew together with the response's first character
+            if (
+                ids[:skip] != self._lead_ids
+            ):  # the lead grew together with the response's first character
                 many[i] = self._encode([self._gap + texts[i]], plain=True)[0]
             elif skip:
                 many[i] = ids[skip:]
@@ -183,10 +220,16 @@ class Tokenization:
 
     def _encode(self, texts: Sequence[str], plain: bool = False) -> list[Ids]:
         many: list[Ids] = []
-        for start in range(0, len(texts), 1024):  # bounded memory: the tokenizer keeps far more than ids of what it is given
+        for start in range(
+            0, len(texts), 1024
+        ):  # bounded memory: the tokenizer keeps far more than ids of what it is given
             part = list(texts[start : start + 1024])
             many += self.tokenizer(
-                part, add_special_tokens=False, return_attention_mask=False, verbose=False, split_special_tokens=plain
+                part,
+                add_special_tokens=False,
+                return_attention_mask=False,
+                verbose=False,
+                split_special_tokens=plain,
             )["input_ids"]
         return many
 
@@ -200,11 +243,19 @@ class Tokenization:
         first = self.tokenizer.convert_ids_to_tokens(self._encode(["a"])[0][:1])
         spaced = bool(first) and first[0].startswith(("▁", "Ġ"))
         if not self.chat:
-            return (self.template[-1] if spaced and not self.template.endswith("{prompt}") else ""), ""
+            return (
+                self.template[-1] if spaced and not self.template.endswith("{prompt}") else ""
+            ), ""
         question: Prompt = (("user", "question"),)
         asked = self._render_chat(question, "chat template")
-        answered = self._render_chat((*question, ("assistant", "answer")), "chat template", ask=False)
-        gap = answered[len(asked) : answered.find("answer", len(asked))] if answered.startswith(asked) else ""
+        answered = self._render_chat(
+            (*question, ("assistant", "answer")), "chat template", ask=False
+        )
+        gap = (
+            answered[len(asked) : answered.find("answer", len(asked))]
+            if answered.startswith(asked)
+            else ""
+        )
         return (asked[-1:].strip() if spaced else ""), ("" if gap.strip() else gap)
 
     def _render_chat(self, prompt: Sequence[Message], source: str, ask: bool = True) -> str:
@@ -212,9 +263,13 @@ class Tokenization:
 
         messages = [{"role": role, "content": content} for role, content in prompt]
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)  # type: ignore[return-value]
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=ask
+            )  # type: ignore[return-value]
         except TemplateError as error:
-            raise UserError(f"{source}: the chat template does not take this conversation ({error})") from None
+            raise UserError(
+                f"{source}: the chat template does not take this conversation ({error})"
+            ) from None
 
     def _render_plain(self, prompt: Sequence[Message], source: str) -> str:
         """Turn by turn, an answer ended by EOS as in Safe RLHF; a system message goes before the first question (ours)."""

@@ -11,8 +11,18 @@ from ..errors import UserError
 from .schema import Pair, Prompt, prompt_key, response_key
 
 Choice = tuple[int, int]  # (index into the pairs, chosen response: 0 or 1)
-Scores = Mapping[str, Mapping[str, float | None]]  # response_key -> {"reward": higher is better, "cost": below 0 is safe}
-VIEWS = ("safety", "helpfulness", "mixed", "labels", "pareto_labels", "ranked", "pareto")  # the last four are the router's rules
+Scores = Mapping[
+    str, Mapping[str, float | None]
+]  # response_key -> {"reward": higher is better, "cost": below 0 is safe}
+VIEWS = (
+    "safety",
+    "helpfulness",
+    "mixed",
+    "labels",
+    "pareto_labels",
+    "ranked",
+    "pareto",
+)  # the last four are the router's rules
 
 
 def is_validation(prompt: Prompt, share: float, seed: int) -> bool:
@@ -22,7 +32,9 @@ def is_validation(prompt: Prompt, share: float, seed: int) -> bool:
     return int.from_bytes(digest, "big") / 2**64 < share
 
 
-def select(pairs: Sequence[Pair], view: str, scores: Scores | None = None) -> tuple[list[Choice], Counter[str]]:
+def select(
+    pairs: Sequence[Pair], view: str, scores: Scores | None = None
+) -> tuple[list[Choice], Counter[str]]:
     """The view's choices in the pairs' order, and the number of pairs left out by reason.
 
     safety: exactly one response is safe; chosen is the safer one. helpfulness: all; chosen is the better one.
@@ -64,8 +76,13 @@ def select(pairs: Sequence[Pair], view: str, scores: Scores | None = None) -> tu
 def require(choices: Sequence[Choice], dropped: Mapping[str, int], stage: str) -> None:
     """Raise UserError with the counts by reason where no row is left for a stage."""
     if not choices:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items(), key=lambda item: -item[1]))
-        raise UserError(f"no row is left for the stage {stage}: {reasons or 'the data has no rows'}")
+        reasons = ", ".join(
+            f"{count} {reason}"
+            for reason, count in sorted(dropped.items(), key=lambda item: -item[1])
+        )
+        raise UserError(
+            f"no row is left for the stage {stage}: {reasons or 'the data has no rows'}"
+        )
 
 
 def _safety(pair: Pair) -> int | str:
@@ -132,5 +149,7 @@ def _pareto(rewards: tuple[float, float] | str, costs: tuple[float, float] | str
         return costs
     for i in (0, 1):
         if rewards[i] > rewards[1 - i] and costs[i] < costs[1 - i]:
-            return i if costs[i] < 0 else "the one of higher reward and lower cost has no cost below 0"
+            return (
+                i if costs[i] < 0 else "the one of higher reward and lower cost has no cost below 0"
+            )
     return "neither is ahead on both reward and cost"

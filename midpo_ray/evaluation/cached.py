@@ -42,12 +42,24 @@ def read(folder: Storage) -> dict[str, Any]:
     for name in folder.names():
         if name.startswith("part-") and name.endswith(".parquet"):
             shard = read_table(folder, name)
-            known.update(zip(shard["key"].to_pylist(), map(json.loads, shard["value"].to_pylist()), strict=True))
+            known.update(
+                zip(
+                    shard["key"].to_pylist(),
+                    map(json.loads, shard["value"].to_pylist()),
+                    strict=True,
+                )
+            )
     return known
 
 
 def compute(
-    job: Job, rows: Sequence[Row], folder: Storage, *, address: str | None, workers: int | None, say: Callable[[str], None]
+    job: Job,
+    rows: Sequence[Row],
+    folder: Storage,
+    *,
+    address: str | None,
+    workers: int | None,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """key -> value of all ``rows``; those that ``folder`` lacks are worked on in their order.
 
@@ -62,7 +74,9 @@ def compute(
     say(f"{job.name}: {done} cached, {len(need)} to do")
     if not need:
         return known
-    calls = [json.dumps(need[start : start + job.batch]) for start in range(0, len(need), job.batch)]
+    calls = [
+        json.dumps(need[start : start + job.batch]) for start in range(0, len(need), job.batch)
+    ]
     if workers == 0 or not job.heavy:
         work = Actor(job, folder.uri)
         for call in calls:
@@ -88,7 +102,12 @@ def own_cluster() -> Iterator[None]:
 
 
 def _on_ray(
-    job: Job, calls: list[str], folder: Storage, address: str | None, workers: int | None, say: Callable[[str], None]
+    job: Job,
+    calls: list[str],
+    folder: Storage,
+    address: str | None,
+    workers: int | None,
+    say: Callable[[str], None],
 ) -> None:
     from ..pipeline import cluster
 
@@ -103,7 +122,9 @@ def _on_ray(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    results = ray.data.from_items([{"rows": c} for c in calls], override_num_blocks=len(calls)).map_batches(
+    results = ray.data.from_items(
+        [{"rows": c} for c in calls], override_num_blocks=len(calls)
+    ).map_batches(
         Actor,
         fn_constructor_kwargs={"job": job, "folder": folder.uri},
         batch_size=1,
@@ -132,7 +153,9 @@ class Actor:
         self.work: Worker | None = None
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
-        if self.work is None and self.job.heavy:  # one of many actors; a caller's own process keeps its threads
+        if (
+            self.work is None and self.job.heavy
+        ):  # one of many actors; a caller's own process keeps its threads
             import torch
 
             torch.set_num_threads(1)

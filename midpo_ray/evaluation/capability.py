@@ -31,7 +31,9 @@ KINDS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 def check_installed() -> None:
     """Raises UserError where the harness is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("--tasks: EleutherAI's lm-evaluation-harness is not installed here: pip install 'lm-eval>=0.4.12'")
+        raise UserError(
+            "--tasks: EleutherAI's lm-evaluation-harness is not installed here: pip install 'lm-eval>=0.4.12'"
+        )
 
 
 def load_tasks(specs: Sequence[str]) -> Any:
@@ -42,9 +44,15 @@ def load_tasks(specs: Sequence[str]) -> Any:
     """
     from lm_eval.tasks import TaskManager
 
-    paths = {spec: Path(spec).expanduser() for spec in specs if "/" in spec or spec.endswith((".yaml", ".yml"))}
+    paths = {
+        spec: Path(spec).expanduser()
+        for spec in specs
+        if "/" in spec or spec.endswith((".yaml", ".yml"))
+    }
     folders = {spec: str(path) for spec, path in paths.items() if path.is_dir()}
-    manager = TaskManager(include_path=list(folders.values()), include_defaults=len(paths) < len(specs))
+    manager = TaskManager(
+        include_path=list(folders.values()), include_defaults=len(paths) < len(specs)
+    )
     wanted: list[str] = []
     for spec in specs:
         if spec in folders:
@@ -56,23 +64,35 @@ def load_tasks(specs: Sequence[str]) -> Any:
             raise UserError(f"--tasks {spec}: no such file or folder")
         elif spec not in paths and spec not in manager.task_index:
             near = ", ".join(difflib.get_close_matches(spec, manager.all_tasks))
-            raise UserError(f"--tasks {spec}: the harness has no such task" + (f"; near to it: {near}" if near else ""))
+            raise UserError(
+                f"--tasks {spec}: the harness has no such task"
+                + (f"; near to it: {near}" if near else "")
+            )
         else:
             wanted.append(spec)
     try:
         loaded = manager.load(list(dict.fromkeys(wanted)))
     except Exception as error:  # whatever a file or a data set can be short of
-        raise UserError(f"--tasks {','.join(specs)}: not loaded ({type(error).__name__}: {error})") from None
+        raise UserError(
+            f"--tasks {','.join(specs)}: not loaded ({type(error).__name__}: {error})"
+        ) from None
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-            raise UserError(f"--tasks: {name} runs code of the model's or shows it more than text, which is not done here")
+            raise UserError(
+                f"--tasks: {name} runs code of the model's or shows it more than text, which is not done here"
+            )
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
     return loaded
 
 
 def measure(
-    tasks: Any, contenders: Sequence[Contender], options: Options, cache: Storage, limit: int | None, say: Callable[[str], None]
+    tasks: Any,
+    contenders: Sequence[Contender],
+    options: Options,
+    cache: Storage,
+    limit: int | None,
+    say: Callable[[str], None],
 ) -> list[Row]:
     """model, task, metric, value, low, high, stderr, n, shots; low and high are value ± 1.96 stderr, the harness' own.
 
@@ -83,7 +103,9 @@ def measure(
     rows: list[Row] = []
     for c in contenders:
         for task in tasks["tasks"].values():
-            task.set_fewshot_seed(seed=1234)  # this seed and the next are those of the harness' command
+            task.set_fewshot_seed(
+                seed=1234
+            )  # this seed and the next are those of the harness' command
         random.seed(0)
         np.random.seed(1234)
         found: Any = evaluate(_model(c, options, cache, say), tasks, limit=limit, log_samples=False)
@@ -94,27 +116,44 @@ def measure(
                     continue
                 error = metrics.get(f"{metric}_stderr,{kind}")
                 error = float(error) if isinstance(error, int | float) else None
-                low, high = (None, None) if error is None else (value - 1.96 * error, value + 1.96 * error)
-                row = {"model": c.name, "task": name, "metric": metric if kind == "none" else f"{metric} ({kind})"}
+                low, high = (
+                    (None, None) if error is None else (value - 1.96 * error, value + 1.96 * error)
+                )
+                row = {
+                    "model": c.name,
+                    "task": name,
+                    "metric": metric if kind == "none" else f"{metric} ({kind})",
+                }
                 row |= {"value": float(value), "low": low, "high": high, "stderr": error}
-                rows.append({**row, "n": metrics.get("sample_len"), "shots": found["n-shot"].get(name)})
+                rows.append(
+                    {**row, "n": metrics.get("sample_len"), "shots": found["n-shot"].get(name)}
+                )
     return rows
 
 
-def _model(contender: Contender, options: Options, cache: Storage, say: Callable[[str], None]) -> Any:
+def _model(
+    contender: Contender, options: Options, cache: Storage, say: Callable[[str], None]
+) -> Any:
     """The harness' LM, whose every kind of request is answered by ``Asked``."""
     from lm_eval.api.model import LM
 
     asked = Asked(contender, options, cache, say)
-    return type("Model", (LM,), {k: lambda self, requests, k=k: asked(k, requests) for k in KINDS})()
+    return type(
+        "Model", (LM,), {k: lambda self, requests, k=k: asked(k, requests) for k in KINDS}
+    )()
 
 
 class Asked:
     """(kind, requests with ``args``) -> what the model says to each; it is loaded only where something is not cached."""
 
-    def __init__(self, contender: Contender, options: Options, folder: Storage, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, contender: Contender, options: Options, folder: Storage, say: Callable[[str], None]
+    ) -> None:
         self.folder, self.say = folder / f"capability-{digest(VERSION, contender.fingerprint)}", say
-        self.name, self.load = contender.name, cache(lambda: Responder(asdict(contender), asdict(options)))
+        self.name, self.load = (
+            contender.name,
+            cache(lambda: Responder(asdict(contender), asdict(options))),
+        )
 
     def __call__(self, kind: str, requests: Sequence[Any]) -> list[Any]:
         rows = [{"key": digest(kind, r.args), "kind": kind, "args": r.args} for r in requests]

@@ -22,7 +22,17 @@ from . import capability
 from .cached import Job, compute, own_cluster
 from .charts import Point
 from .figures import FIGURES, difference, paired, summarise, win_rate
-from .generate import Contender, Generator, Options, VllmGenerator, base_of, folder_of, resolve, rows_of, uses_vllm
+from .generate import (
+    Contender,
+    Generator,
+    Options,
+    VllmGenerator,
+    base_of,
+    folder_of,
+    resolve,
+    rows_of,
+    uses_vllm,
+)
 from .judges import Judge, load_judge, rows_for
 from .prompts import Prompt, load_sets, prompts_digest
 from .report import write_report
@@ -71,13 +81,19 @@ def make_plan(
         if count is not None and count < 1:
             raise UserError(f"--{name} {count}: at least 1 is expected")
     if options.temperature < 0 or not 0 < options.top_p <= 1:
-        raise UserError(f"--temperature {options.temperature} --top-p {options.top_p}: at least 0, and in (0, 1], are expected")
+        raise UserError(
+            f"--temperature {options.temperature} --top-p {options.top_p}: at least 0, and in (0, 1], are expected"
+        )
     if seeds > 1 and not options.temperature:
         raise UserError(f"--seeds {seeds}: greedy answers are all alike, set --temperature above 0")
     contenders = [resolve(what, template=template, dtype=dtype) for what in whats]
     other = None
     if against is not None:
-        other = base_of(contenders[0]) if against == "base" else resolve(against, template=template, dtype=dtype)
+        other = (
+            base_of(contenders[0])
+            if against == "base"
+            else resolve(against, template=template, dtype=dtype)
+        )
         if all(c.fingerprint != other.fingerprint for c in contenders):
             contenders.insert(0, other)
         other = next(c for c in contenders if c.fingerprint == other.fingerprint)
@@ -100,14 +116,18 @@ def make_plan(
     }  # fmt: skip
     for c in contenders:
         if c.run is not None and (Path(c.run) / "run.yaml").is_file():
-            about.setdefault(f"configuration of {c.run}", (Path(c.run) / "run.yaml").read_text("utf-8"))
+            about.setdefault(
+                f"configuration of {c.run}", (Path(c.run) / "run.yaml").read_text("utf-8")
+            )
     loaded = capability.load_tasks(tasks) if tasks else None
     if loaded:
         few = f", the first {task_limit} examples of each" if task_limit else ""
         about["capability"] = (
             f"lm-eval {version('lm_eval')}: {', '.join(loaded['tasks'])}{few}; intervals: ± 1.96 standard errors"
         )
-    return Plan(contenders, prompts, chosen, other, options, tuple(range(seeds)), about, loaded, task_limit)
+    return Plan(
+        contenders, prompts, chosen, other, options, tuple(range(seeds)), about, loaded, task_limit
+    )
 
 
 def evaluate(
@@ -126,7 +146,9 @@ def evaluate(
         _judge(plan, answers, Storage(cache), where)
     tasks: list[Row] = []
     if plan.tasks:
-        tasks = capability.measure(plan.tasks, plan.contenders, plan.options, Storage(cache), plan.task_limit, say)
+        tasks = capability.measure(
+            plan.tasks, plan.contenders, plan.options, Storage(cache), plan.task_limit, say
+        )
         say(render_capability(tasks))
     summary = table(answers)
     x, y = axes(answers)
@@ -159,20 +181,34 @@ def _answers(plan: Plan, cache: Storage, where: dict[str, Any]) -> tuple[list[Ro
         job = Job(f"answers of {c.name}", make, options, plan.options.batch)
         folder = folder_of(cache, c, plan.options)
         work = rows_of(plan.prompts, plan.seeds, mapped if c.routed else frozenset())
-        made = compute(job, list(work.values()), folder / "vllm" if uses_vllm(c) else folder, **where)
+        made = compute(
+            job, list(work.values()), folder / "vllm" if uses_vllm(c) else folder, **where
+        )
         gates: dict[str, Any] = {"rows": [], "examples": []}
         for seed in plan.seeds:
             for p in plan.prompts:
                 value = made[work[p.set, p.id, seed]["key"]]
-                row = {"model": c.name, "family": c.family, "seed": seed, "set": p.set, "id": p.id, "prompt": p.text}
+                row = {
+                    "model": c.name,
+                    "family": c.family,
+                    "seed": seed,
+                    "set": p.set,
+                    "id": p.id,
+                    "prompt": p.text,
+                }
                 row |= {"harmful": p.harmful, "category": p.category}
                 row |= {k: value[k] for k in ("response", "tokens", "truncated")}
                 if "gates" in value:
-                    row |= {f"gate_{e}": sum(layers) / len(layers) for e, layers in value["gates"].items()}
+                    row |= {
+                        f"gate_{e}": sum(layers) / len(layers)
+                        for e, layers in value["gates"].items()
+                    }
                     if seed == plan.seeds[0]:
                         gates["rows"].append({"harmful": p.harmful, **value["gates"]})
                 if "map" in value:
-                    gates["examples"].append({"title": f"{p.set} {p.id}", "harmful": p.harmful, **value["map"]})
+                    gates["examples"].append(
+                        {"title": f"{p.set} {p.id}", "harmful": p.harmful, **value["map"]}
+                    )
                 answers.append(row)
         if gates["rows"]:
             routing[c.name] = gates
@@ -181,15 +217,23 @@ def _answers(plan: Plan, cache: Storage, where: dict[str, Any]) -> tuple[list[Ro
 
 def _mapped(prompts: Sequence[Prompt]) -> frozenset[tuple[str, str]]:
     """(set, id) of a few short prompts, harmful and benign, drawn by content."""
-    ordered = sorted(prompts, key=lambda p: (len(p.text) > 300, hashlib.sha256(p.text.encode()).digest()))
-    return frozenset((p.set, p.id) for harmful in (True, False) for p in [p for p in ordered if p.harmful is harmful][:MAPPED])
+    ordered = sorted(
+        prompts, key=lambda p: (len(p.text) > 300, hashlib.sha256(p.text.encode()).digest())
+    )
+    return frozenset(
+        (p.set, p.id)
+        for harmful in (True, False)
+        for p in [p for p in ordered if p.harmful is harmful][:MAPPED]
+    )
 
 
 def _judge(plan: Plan, answers: list[Row], cache: Storage, where: dict[str, Any]) -> None:
     """Put every judge's columns into the rows; ``safe`` is cost below 0 where no judge says."""
     turns = {(p.set, p.id): p.turns for p in plan.prompts}
     work = rows_for(answers, turns)
-    ordered = sorted(work, key=lambda w: len(w["response"]))  # of like length together: less padding for models
+    ordered = sorted(
+        work, key=lambda w: len(w["response"])
+    )  # of like length together: less padding for models
     for judge in plan.judges:
         verdicts = compute(judge.job, ordered, cache / f"judged-{judge.fingerprint}", **where)
         for row, w in zip(answers, work, strict=True):
@@ -216,13 +260,22 @@ def axes(answers: Sequence[Row]) -> tuple[tuple[str, str], tuple[str, str]]:
     """((figure, name) of x, the same of y): by reward and cost where judges gave them, else by refusals alone."""
     has = {name: any(r.get(name) is not None for r in answers) for name in ("reward", "safe")}
     benign = any(r["harmful"] is False for r in answers)
-    x = ("helpfulness" if benign else "reward", f"reward on {'benign' if benign else 'all'} prompts →")
+    x = (
+        "helpfulness" if benign else "reward",
+        f"reward on {'benign' if benign else 'all'} prompts →",
+    )
     x = x if has["reward"] else ("refusal_benign", "benign prompts not refused →")
-    y = ("safe_rate", "safe on harmful prompts →") if has["safe"] else ("refusal_harmful", "harmful prompts refused →")
+    y = (
+        ("safe_rate", "safe on harmful prompts →")
+        if has["safe"]
+        else ("refusal_harmful", "harmful prompts refused →")
+    )
     return x, y
 
 
-def points(answers: Sequence[Row], summary: Sequence[Row], x: tuple[str, str], y: tuple[str, str]) -> list[Point]:
+def points(
+    answers: Sequence[Row], summary: Sequence[Row], x: tuple[str, str], y: tuple[str, str]
+) -> list[Point]:
     """A point a model on each set that has both figures."""
     families = {r["model"]: r["family"] for r in answers}
     found = {(r["model"], r["set"], r["figure"]): r for r in summary if "category" not in r}
@@ -246,10 +299,18 @@ def comparisons(answers: Sequence[Row], against: str) -> list[Row]:
     lines = []
     for model in dict.fromkeys(r["model"] for r in answers if r["model"] != against):
         for name in [*sets, *([ALL] if len(sets) > 1 else [])]:
-            a, b = ([r for r in answers if r["model"] == m and name in (r["set"], ALL)] for m in (model, against))
+            a, b = (
+                [r for r in answers if r["model"] == m and name in (r["set"], ALL)]
+                for m in (model, against)
+            )
             for kind, measure, reference, figures in (
                 ("win rate", win_rate, 0.5, ("reward", "helpfulness", "safety")),
-                ("difference", difference, 0.0, ("safe_rate", "refusal_harmful", "refusal_benign", "joint")),
+                (
+                    "difference",
+                    difference,
+                    0.0,
+                    ("safe_rate", "refusal_harmful", "refusal_benign", "joint"),
+                ),
             ):
                 for figure in figures:
                     prompts = len(set(paired(a, b, figure)[2].tolist()))
@@ -257,7 +318,16 @@ def comparisons(answers: Sequence[Row], against: str) -> list[Row]:
                         value, low, high = measure(a, b, figure)
                         title = f"{model} against {against}: {kind}, {FIGURES[figure].title}"
                         over = f"prompts of {name}"
-                        lines.append({"name": title, "value": value, "low": low, "high": high, "n": prompts, "over": over})
+                        lines.append(
+                            {
+                                "name": title,
+                                "value": value,
+                                "low": low,
+                                "high": high,
+                                "n": prompts,
+                                "over": over,
+                            }
+                        )
                         lines[-1] |= {"reference": reference, "better": FIGURES[figure].better}
     return lines
 
@@ -268,12 +338,22 @@ def training_curves(contenders: Sequence[Contender]) -> dict[str, list[tuple[flo
     for run in dict.fromkeys(c.run for c in contenders if c.run is not None):
         for stage in ("safety", "helpfulness", "router"):
             file = Path(run) / "metrics" / f"{stage}.jsonl"
-            lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
+            lines = (
+                [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+                if file.is_file()
+                else []
+            )
             lines = [line for line in lines if line.get("split") == "train"]
             for metric in CURVES:
-                seen = [(float(line["step"]), float(line[metric])) for line in lines if isinstance(line.get(metric), int | float)]
+                seen = [
+                    (float(line["step"]), float(line[metric]))
+                    for line in lines
+                    if isinstance(line.get(metric), int | float)
+                ]
                 if seen:
-                    curves[f"{stage} of {Path(run).resolve().name}: {metric}"] = seen[:: math.ceil(len(seen) / 200)]
+                    curves[f"{stage} of {Path(run).resolve().name}: {metric}"] = seen[
+                        :: math.ceil(len(seen) / 200)
+                    ]
     return curves
 
 
@@ -284,18 +364,28 @@ def render(answers: Sequence[Row]) -> str:
     keys = list(dict.fromkeys((r["model"], r["set"]) for r in summary))
     at = {(r["model"], r["set"], r["figure"]): r for r in summary}
     heads = ["model", "set", *(FIGURES[f].title for f in names)]
-    cells = [[model, name, *(_cell(at.get((model, name, f))) for f in names)] for model, name in keys]
+    cells = [
+        [model, name, *(_cell(at.get((model, name, f))) for f in names)] for model, name in keys
+    ]
     return _aligned([heads, *cells])
 
 
 def render_capability(rows: Sequence[Row]) -> str:
     """The harness' figures as text: a row a model, task and metric."""
-    return _aligned([["model", "task", "metric", "value"], *([r["model"], r["task"], r["metric"], _cell(r)] for r in rows)])
+    return _aligned(
+        [
+            ["model", "task", "metric", "value"],
+            *([r["model"], r["task"], r["metric"], _cell(r)] for r in rows),
+        ]
+    )
 
 
 def _aligned(lines: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
 
 
 def _cell(line: Row | None) -> str:

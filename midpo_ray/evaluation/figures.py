@@ -74,7 +74,9 @@ def bootstrap(
     rng = np.random.default_rng(seed)
     at_once = max(1, 1_000_000 // len(values))  # bounded memory
     shapes = [(min(at_once, draws - done), len(values)) for done in range(0, draws, at_once)]
-    drawn = np.concatenate([of(values[rng.integers(len(values), size=shape)], axis=1) for shape in shapes])
+    drawn = np.concatenate(
+        [of(values[rng.integers(len(values), size=shape)], axis=1) for shape in shapes]
+    )
     low, high = np.percentile(drawn, [2.5, 97.5])
     return float(low), float(high)
 
@@ -91,12 +93,20 @@ def summarise(rows: Iterable[Row], by: Sequence[str] = ("model", "set")) -> list
             values = prompt_values(members, figure)
             if len(values):
                 low, high = bootstrap(values)
-                line = {"figure": figure, "value": float(values.mean()), "low": low, "high": high, "prompts": len(values)}
+                line = {
+                    "figure": figure,
+                    "value": float(values.mean()),
+                    "low": low,
+                    "high": high,
+                    "prompts": len(values),
+                }
                 lines.append({**dict(zip(by, names, strict=True)), **line})
     return lines
 
 
-def paired(a: Iterable[Row], b: Iterable[Row], figure: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def paired(
+    a: Iterable[Row], b: Iterable[Row], figure: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(values of a [N], values of b [N], number of the prompt [N]) of the rows that both have, aligned by set, id and seed."""
 
     def keyed(rows: Iterable[Row]) -> dict[tuple[Any, ...], float]:
@@ -107,7 +117,11 @@ def paired(a: Iterable[Row], b: Iterable[Row], figure: str) -> tuple[np.ndarray,
     keys = [key for key in mine if key in theirs]
     prompts: dict[tuple[Any, ...], int] = {}
     owner = [prompts.setdefault(key[:2], len(prompts)) for key in keys]
-    return np.array([mine[k] for k in keys]), np.array([theirs[k] for k in keys]), np.array(owner, dtype=int)
+    return (
+        np.array([mine[k] for k in keys]),
+        np.array([theirs[k] for k in keys]),
+        np.array(owner, dtype=int),
+    )
 
 
 def win_rate(a: Iterable[Row], b: Iterable[Row], figure: str = "reward") -> Triple:

@@ -23,7 +23,9 @@ from ..storage import Storage
 from .cached import Row
 from .prompts import Prompt
 
-VERSION = 1  # raise it when what a model answers changes, so that no cached answer is taken for a new one
+VERSION = (
+    1  # raise it when what a model answers changes, so that no cached answer is taken for a new one
+)
 PARTS = ("safety", "helpfulness", "base")
 
 
@@ -69,20 +71,33 @@ def resolve(what: str, *, template: str = "auto", dtype: str = "float32") -> Con
     if (folder / "adapter_config.json").is_file():
         return _adapter(folder, template, dtype)
     if "://" in what:
-        raise UserError(f"{what}: a local folder is expected; copy a run to this machine by midpo fetch")
+        raise UserError(
+            f"{what}: a local folder is expected; copy a run to this machine by midpo fetch"
+        )
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(f"{what}: no run (run.yaml), adapter (adapter_config.json) or model (config.json) is in this folder")
-    return _model(Model.model_validate({"path": what, "dtype": dtype}), template, folder.resolve().name)
+        raise UserError(
+            f"{what}: no run (run.yaml), adapter (adapter_config.json) or model (config.json) is in this folder"
+        )
+    return _model(
+        Model.model_validate({"path": what, "dtype": dtype}), template, folder.resolve().name
+    )
 
 
 def base_of(contender: Contender) -> Contender:
     """The frozen base that a run's model or an adapter stands on."""
     if contender.run is not None:
         return _of_run(Path(contender.run), "base")
-    return _model(Model.model_validate(contender.model), contender.template, Path(contender.model["path"]).name, "base")
+    return _model(
+        Model.model_validate(contender.model),
+        contender.template,
+        Path(contender.model["path"]).name,
+        "base",
+    )
 
 
-def _model(model: Model, template: str, name: str, family: str = "model", run: str | None = None) -> Contender:
+def _model(
+    model: Model, template: str, name: str, family: str = "model", run: str | None = None
+) -> Contender:
     from ..models.base import model_fingerprint
 
     fingerprint = digest(model_fingerprint(model.path, model.revision), model.dtype, template)
@@ -91,14 +106,20 @@ def _model(model: Model, template: str, name: str, family: str = "model", run: s
 
 def _adapter(folder: Path, template: str, dtype: str) -> Contender:
     try:
-        base = json.loads((folder / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
+        base = json.loads((folder / "adapter_config.json").read_text("utf-8"))[
+            "base_model_name_or_path"
+        ]
     except (OSError, ValueError, KeyError):
-        raise UserError(f"{folder}/adapter_config.json: not a PEFT adapter's configuration that names its base") from None
+        raise UserError(
+            f"{folder}/adapter_config.json: not a PEFT adapter's configuration that names its base"
+        ) from None
     model = Model.model_validate({"path": base, "dtype": dtype})
     return _with_adapter(model, folder, template, folder.resolve().name, "baseline")
 
 
-def _with_adapter(model: Model, folder: Path, template: str, name: str, family: str, run: str | None = None) -> Contender:
+def _with_adapter(
+    model: Model, folder: Path, template: str, name: str, family: str, run: str | None = None
+) -> Contender:
     from ..models.assembly import hash_adapter
 
     base = _model(model, template, name)
@@ -116,18 +137,40 @@ def _of_run(folder: Path, part: str) -> Contender:
     else:
         config = load_config(folder / "run.yaml")
         model, template = config.model, config.data.template
-        if (told := experts["safety"] / "adapter_config.json").is_file() and model.path.startswith("builtin:"):
-            model = model.model_copy(update={"path": json.loads(told.read_text("utf-8"))["base_model_name_or_path"]})
+        if (told := experts["safety"] / "adapter_config.json").is_file() and model.path.startswith(
+            "builtin:"
+        ):
+            model = model.model_copy(
+                update={"path": json.loads(told.read_text("utf-8"))["base_model_name_or_path"]}
+            )
     if part == "routed":
         if not router.is_file():
-            raise UserError(f"{folder}: its router is not trained yet; {folder}:safety and {folder}:helpfulness may be")
-        files = [router, router.with_name("router.safetensors"), *(f / "adapter_model.safetensors" for f in experts.values())]
-        content = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
+            raise UserError(
+                f"{folder}: its router is not trained yet; {folder}:safety and {folder}:helpfulness may be"
+            )
+        files = [
+            router,
+            router.with_name("router.safetensors"),
+            *(f / "adapter_model.safetensors" for f in experts.values()),
+        ]
+        content = [
+            hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()
+        ]
         print_ = digest(content, _model(model, template, name).fingerprint)
-        return Contender(name, "routed", print_, model.model_dump(mode="json"), template, routed=str(folder), run=str(folder))
+        return Contender(
+            name,
+            "routed",
+            print_,
+            model.model_dump(mode="json"),
+            template,
+            routed=str(folder),
+            run=str(folder),
+        )
     if part == "base":
         return _model(model, template, f"{name}: base", "base", str(folder))
-    return _with_adapter(model, experts[part], template, f"{name}: {part} expert", "expert", str(folder))
+    return _with_adapter(
+        model, experts[part], template, f"{name}: {part} expert", "expert", str(folder)
+    )
 
 
 def folder_of(cache: Storage, contender: Contender, options: Options) -> Storage:
@@ -144,7 +187,11 @@ def rows_of(
     rows = {}
     for seed in seeds:
         for p in ordered:
-            work = {"messages": p.turns, "seed": seed, "map": seed == seeds[0] and (p.set, p.id) in mapped}
+            work = {
+                "messages": p.turns,
+                "seed": seed,
+                "map": seed == seeds[0] and (p.set, p.id) in mapped,
+            }
             rows[p.set, p.id, seed] = {"key": digest(work), **work}
     return rows
 
@@ -169,11 +216,19 @@ class Generator:
             raise UserError(
                 f"--max-new-tokens {self.options.max_new_tokens}: {model.path} has a context of {self.context} tokens"
             )
-        lengths = {"max_length": self.context, "max_prompt_length": room, "long_prompts": "truncate"}
-        data = Data.model_validate({"sets": [{"path": "none"}], "template": self.contender.template, **lengths})
+        lengths = {
+            "max_length": self.context,
+            "max_prompt_length": room,
+            "long_prompts": "truncate",
+        }
+        data = Data.model_validate(
+            {"sets": [{"path": "none"}], "template": self.contender.template, **lengths}
+        )
         self.tokens = Tokenization(self.tokenizer, data)
         said = self.model.generation_config.eos_token_id
-        self.eos = sorted({self.tokens.eos, *(said if isinstance(said, list) else [] if said is None else [said])})
+        self.eos = sorted(
+            {self.tokens.eos, *(said if isinstance(said, list) else [] if said is None else [said])}
+        )
         self.stop: list[str] = []  # texts that end an answer too, and stay in it
 
     def _load(self, device: str) -> Any:
@@ -184,16 +239,29 @@ class Generator:
             return load_routed(self.contender.routed, device=device)
         model = Model.model_validate(self.contender.model)
         base = load_base(model, device, serve=True)
-        return base if self.contender.adapter is None else load_adapter(base, self.contender.adapter).merge_and_unload()
+        return (
+            base
+            if self.contender.adapter is None
+            else load_adapter(base, self.contender.adapter).merge_and_unload()
+        )
 
     def __call__(self, rows: list[Row]) -> list[Row]:
-        prompts = [self.tokens.prompt_ids(tuple((role, text) for role, text in row["messages"])) for row in rows]
+        prompts = [
+            self.tokens.prompt_ids(tuple((role, text) for role, text in row["messages"]))
+            for row in rows
+        ]
         made = self._generate(prompts, [digest(row["messages"], row["seed"]) for row in rows])
         values = []
         for ids in made:
             ended = next((i for i, token in enumerate(ids) if token in self.eos), None)
             text = self.tokenizer.decode(ids[:ended], skip_special_tokens=True).strip()
-            values.append({"response": text, "tokens": len(ids) if ended is None else ended, "truncated": ended is None})
+            values.append(
+                {
+                    "response": text,
+                    "tokens": len(ids) if ended is None else ended,
+                    "truncated": ended is None,
+                }
+            )
         return self._with_gates(rows, values) if self.contender.routed is not None else values
 
     def _generate(self, prompts: list[list[int]], keys: list[str]) -> list[list[int]]:
@@ -203,8 +271,12 @@ class Generator:
 
         longest = max(map(len, prompts))
         pad = self.tokens.eos
-        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=self.model.device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
+        ids = torch.tensor(
+            [[pad] * (longest - len(p)) + p for p in prompts], device=self.model.device
+        )
+        mask = torch.tensor(
+            [[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.model.device
+        )
         draw = LogitsProcessorList([Draw(keys, self.options)] if self.options.temperature else [])
         with torch.inference_mode():
             out = self.model.generate(
@@ -239,7 +311,10 @@ class Generator:
                 ids = list(gates["tokens"])  # a token by itself may lack the space before it
                 said = [self.tokenizer.decode(ids[:end]) for end in range(len(ids) + 1)]
                 words = [after[len(before) :] for before, after in pairwise(said)]
-                layers = {e: [[round(v, 4) for v in layer] for layer in gates[e].tolist()] for e in PARTS[:2]}
+                layers = {
+                    e: [[round(v, 4) for v in layer] for layer in gates[e].tolist()]
+                    for e in PARTS[:2]
+                }
                 value["map"] = {"tokens": words, "prompt_tokens": gates["prompt_tokens"], **layers}
         return values
 
@@ -249,7 +324,9 @@ class Draw:
 
     def __init__(self, keys: Sequence[str], options: Options) -> None:
         seeds = [int(key[:16], 16) for key in keys]
-        self.uniform = np.stack([np.random.default_rng(seed).random(options.max_new_tokens) for seed in seeds])
+        self.uniform = np.stack(
+            [np.random.default_rng(seed).random(options.max_new_tokens) for seed in seeds]
+        )
         self.temperature, self.top_p, self.step = options.temperature, options.top_p, 0
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
@@ -260,7 +337,10 @@ class Draw:
         total = ordered.cumsum(-1)
         ordered = ordered.where(total - ordered < self.top_p, 0.0)  # the fewest that reach top_p
         total = ordered.cumsum(-1)
-        drawn = torch.as_tensor(self.uniform[:, self.step : self.step + 1], device=scores.device) * total[:, -1:]
+        drawn = (
+            torch.as_tensor(self.uniform[:, self.step : self.step + 1], device=scores.device)
+            * total[:, -1:]
+        )
         place = torch.searchsorted(total, drawn, right=True).clamp(max=scores.shape[-1] - 1)
         self.step += 1
         return torch.full_like(scores, -torch.inf).scatter(1, token.gather(1, place), 0.0)
@@ -282,10 +362,18 @@ class VllmGenerator:
 
         self.contender, self.options = Contender(**contender), Options(**options)
         model = Model.model_validate(self.contender.model)
-        self.llm = LLM(model.path, dtype=model.dtype, enable_lora=self.contender.adapter is not None, max_lora_rank=64)
+        self.llm = LLM(
+            model.path,
+            dtype=model.dtype,
+            enable_lora=self.contender.adapter is not None,
+            max_lora_rank=64,
+        )
         long = {"max_length": 1 << 20, "max_prompt_length": 1 << 19}
         self.tokens = Tokenization(
-            load_tokenizer(model), Data.model_validate({"sets": [{"path": "none"}], "template": self.contender.template, **long})
+            load_tokenizer(model),
+            Data.model_validate(
+                {"sets": [{"path": "none"}], "template": self.contender.template, **long}
+            ),
         )
 
     def __call__(self, rows: list[Row]) -> list[Row]:
@@ -293,11 +381,30 @@ class VllmGenerator:
         from vllm.lora.request import LoRARequest  # type: ignore[import-not-found]
 
         prompts = [
-            {"prompt_token_ids": self.tokens.prompt_ids(tuple((role, text) for role, text in row["messages"]))} for row in rows
+            {
+                "prompt_token_ids": self.tokens.prompt_ids(
+                    tuple((role, text) for role, text in row["messages"])
+                )
+            }
+            for row in rows
         ]
         o = self.options
         seeds = [int(digest(row["messages"], row["seed"])[:8], 16) for row in rows]
-        how = [SamplingParams(temperature=o.temperature, top_p=o.top_p, max_tokens=o.max_new_tokens, seed=seed) for seed in seeds]
+        how = [
+            SamplingParams(
+                temperature=o.temperature, top_p=o.top_p, max_tokens=o.max_new_tokens, seed=seed
+            )
+            for seed in seeds
+        ]
         lora = LoRARequest("adapter", 1, self.contender.adapter) if self.contender.adapter else None
-        made = [r.outputs[0] for r in self.llm.generate(prompts, how, use_tqdm=False, lora_request=lora)]
-        return [{"response": m.text.strip(), "tokens": len(m.token_ids), "truncated": m.finish_reason == "length"} for m in made]
+        made = [
+            r.outputs[0] for r in self.llm.generate(prompts, how, use_tqdm=False, lora_request=lora)
+        ]
+        return [
+            {
+                "response": m.text.strip(),
+                "tokens": len(m.token_ids),
+                "truncated": m.finish_reason == "length",
+            }
+            for m in made
+        ]

@@ -52,9 +52,15 @@ def load_judge(spec: str) -> Judge:
     """The judge that ``--judges`` names. UserError says what is wrong with it, before anything runs."""
     kind, equals, scorer = spec.partition("=")
     if spec == "phrases":
-        return Judge(f"phrases, version {version()}", f"phrases-{version()}", Job(spec, Phrases, {}, 1000, heavy=False))
+        return Judge(
+            f"phrases, version {version()}",
+            f"phrases-{version()}",
+            Job(spec, Phrases, {}, 1000, heavy=False),
+        )
     if spec == "builtin:miniature":
-        return Judge("the miniature's own judge", "miniature", Job(spec, Miniature, {}, 1000, heavy=False))
+        return Judge(
+            "the miniature's own judge", "miniature", Job(spec, Miniature, {}, 1000, heavy=False)
+        )
     if spec.endswith((".yaml", ".yml")):
         settings = _settings(Path(spec))
         shown = f"{settings['model']} at {settings['url']} for {settings['column']}"
@@ -62,10 +68,20 @@ def load_judge(spec: str) -> Judge:
         return Judge(shown, digest(kept), Job(shown, Endpoint, settings, 32, heavy=False))
     if equals and kind in SCORES and scorer:
         named = Scorer(function=scorer) if _is_function(scorer) else Scorer(model=scorer)
-        job = Job(spec, Scored, {"scorer": named.model_dump(), "column": kind}, 64, heavy=named.model is not None)
+        job = Job(
+            spec,
+            Scored,
+            {"scorer": named.model_dump(), "column": kind},
+            64,
+            heavy=named.model is not None,
+        )
         return Judge(spec, digest(kind, scorer_id(named)), job)
     if not equals and _is_function(spec):
-        return Judge(spec, scorer_id(Scorer(function=spec)), Job(spec, Function, {"name": spec}, 1000, heavy=False))
+        return Judge(
+            spec,
+            scorer_id(Scorer(function=spec)),
+            Job(spec, Function, {"name": spec}, 1000, heavy=False),
+        )
     raise UserError(
         f"--judges {spec}: phrases, reward=SCORER, cost=SCORER, refused=SCORER, module:function, FILE.yaml (an endpoint) or "
         "builtin:miniature is expected"
@@ -87,7 +103,13 @@ class Miniature:
 
         found = [judge([tuple(m) for m in row["messages"]], row["response"]) for row in rows]
         return [
-            {"reward": j.reward, "cost": j.cost, "refused": j.kind == "refusal", "joint": j.joint, "malformed": j.malformed}
+            {
+                "reward": j.reward,
+                "cost": j.cost,
+                "refused": j.kind == "refusal",
+                "joint": j.joint,
+                "malformed": j.malformed,
+            }
             for j in found
         ]
 
@@ -103,7 +125,9 @@ class Scored:
         self.score = load_scorer(Scorer(**scorer), "cost" if column == "cost" else "reward", device)
 
     def __call__(self, rows: list[Row]) -> list[Row]:
-        values = self.score([[tuple(m) for m in row["messages"]] for row in rows], [row["response"] for row in rows])
+        values = self.score(
+            [[tuple(m) for m in row["messages"]] for row in rows], [row["response"] for row in rows]
+        )
         return [{self.column: value > 0 if self.column in FLAGS else value} for value in values]
 
 
@@ -116,19 +140,29 @@ class Function:
         try:
             self.function = vars(importlib.import_module(module))[self.column]
         except ImportError as error:
-            raise UserError(f"--judges {name}: module {module} cannot be imported ({error})") from None
+            raise UserError(
+                f"--judges {name}: module {module} cannot be imported ({error})"
+            ) from None
         except KeyError:
-            raise UserError(f"--judges {name}: module {module} has no function {self.column}") from None
+            raise UserError(
+                f"--judges {name}: module {module} has no function {self.column}"
+            ) from None
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         given = self.function(
-            [plain_text([tuple(m) for m in row["messages"]]) for row in rows], [row["response"] for row in rows]
+            [plain_text([tuple(m) for m in row["messages"]]) for row in rows],
+            [row["response"] for row in rows],
         )
         columns = given if isinstance(given, Mapping) else {self.column: given}
         for name, values in columns.items():
             if len(values) != len(rows):
-                raise UserError(f"--judges {self.name}: {name} has {len(values)} values for {len(rows)} answers")
-        return [{name: _plain(values[i], name, self.name) for name, values in columns.items()} for i in range(len(rows))]
+                raise UserError(
+                    f"--judges {self.name}: {name} has {len(values)} values for {len(rows)} answers"
+                )
+        return [
+            {name: _plain(values[i], name, self.name) for name, values in columns.items()}
+            for i in range(len(rows))
+        ]
 
 
 def _plain(value: Any, column: str, name: str) -> Any:
@@ -139,7 +173,9 @@ def _plain(value: Any, column: str, name: str) -> Any:
         number = float(value)
     except (TypeError, ValueError):
         wanted = "a number, text, True, False or None is expected"
-        raise UserError(f"--judges {name}: {type(value).__name__} for an answer, {wanted}") from None
+        raise UserError(
+            f"--judges {name}: {type(value).__name__} for an answer, {wanted}"
+        ) from None
     return None if math.isnan(number) else bool(number) if column in FLAGS else number
 
 
@@ -152,20 +188,42 @@ REFUSAL_QUESTION = (
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    allowed = {"url": None, "model": None, "key_file": None, "column": "refused", "question": None, "threads": 4, "timeout": 60}
+    allowed = {
+        "url": None,
+        "model": None,
+        "key_file": None,
+        "column": "refused",
+        "question": None,
+        "threads": 4,
+        "timeout": 60,
+    }
     try:
         given = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"--judges {path}: not a readable YAML file ({error.__class__.__name__})") from None
-    if not isinstance(given, dict) or not {"url", "model"} <= given.keys() or given.keys() - allowed.keys():
-        raise UserError(f"--judges {path}: url and model are needed, and {', '.join(list(allowed)[2:])} may be there")
+        raise UserError(
+            f"--judges {path}: not a readable YAML file ({error.__class__.__name__})"
+        ) from None
+    if (
+        not isinstance(given, dict)
+        or not {"url", "model"} <= given.keys()
+        or given.keys() - allowed.keys()
+    ):
+        raise UserError(
+            f"--judges {path}: url and model are needed, and {', '.join(list(allowed)[2:])} may be there"
+        )
     settings = {**allowed, **given}
     if not str(settings["url"]).startswith(("http://", "https://")):
-        raise UserError(f"--judges {path}: url is {settings['url']!r}, http(s)://HOST/v1 is expected")
+        raise UserError(
+            f"--judges {path}: url is {settings['url']!r}, http(s)://HOST/v1 is expected"
+        )
     if not isinstance(settings["threads"], int) or settings["threads"] < 1:
-        raise UserError(f"--judges {path}: threads is {settings['threads']!r}, a whole number of at least 1 is expected")
+        raise UserError(
+            f"--judges {path}: threads is {settings['threads']!r}, a whole number of at least 1 is expected"
+        )
     if settings["question"] is None and settings["column"] != "refused":
-        raise UserError(f"--judges {path}: column {settings['column']} needs a question with {{prompt}} and {{response}}")
+        raise UserError(
+            f"--judges {path}: column {settings['column']} needs a question with {{prompt}} and {{response}}"
+        )
     settings["question"] = settings["question"] or REFUSAL_QUESTION
     if settings["key_file"] is not None:
         key = path.parent / settings["key_file"]
@@ -184,8 +242,23 @@ class Endpoint:
 
     TRIES = 5
 
-    def __init__(self, *, url: str, model: str, key_file: str | None, column: str, question: str, threads: int, timeout: float):
-        self.url, self.model, self.column, self.question = f"{url.rstrip('/')}/chat/completions", model, column, question
+    def __init__(
+        self,
+        *,
+        url: str,
+        model: str,
+        key_file: str | None,
+        column: str,
+        question: str,
+        threads: int,
+        timeout: float,
+    ):
+        self.url, self.model, self.column, self.question = (
+            f"{url.rstrip('/')}/chat/completions",
+            model,
+            column,
+            question,
+        )
         self.threads, self.timeout = threads, timeout
         self.headers = {"Content-Type": "application/json"}
         if key_file:
@@ -196,9 +269,16 @@ class Endpoint:
             return [{self.column: value} for value in pool.map(self._ask, rows)]
 
     def _ask(self, row: Row) -> bool | float | None:
-        texts = {"{prompt}": plain_text([tuple(m) for m in row["messages"]]), "{response}": row["response"]}
+        texts = {
+            "{prompt}": plain_text([tuple(m) for m in row["messages"]]),
+            "{response}": row["response"],
+        }
         question = re.sub(r"\{prompt\}|\{response\}", lambda m: texts[m[0]], self.question)
-        body = {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": question}]}
+        body = {
+            "model": self.model,
+            "temperature": 0,
+            "messages": [{"role": "user", "content": question}],
+        }
         request = urllib.request.Request(self.url, json.dumps(body).encode(), self.headers)
         for left in reversed(range(self.TRIES)):
             try:
@@ -206,7 +286,9 @@ class Endpoint:
                     return self._value(json.load(reply)["choices"][0]["message"]["content"] or "")
             except urllib.error.HTTPError as error:
                 if not left or error.code not in (408, 409, 429, 500, 502, 503, 504):
-                    raise UserError(f"judge {self.url}: HTTP {error.code} ({error.reason})") from None
+                    raise UserError(
+                        f"judge {self.url}: HTTP {error.code} ({error.reason})"
+                    ) from None
             except (OSError, http.client.HTTPException) as error:
                 if not left:
                     raise UserError(f"judge {self.url}: does not answer ({error})") from None
@@ -223,7 +305,9 @@ class Endpoint:
         return None if number is None else float(number[0])
 
 
-def rows_for(answers: Sequence[Mapping[str, Any]], turns: Mapping[tuple[str, str], Any]) -> list[Row]:
+def rows_for(
+    answers: Sequence[Mapping[str, Any]], turns: Mapping[tuple[str, str], Any]
+) -> list[Row]:
     """What judges take, in the order of ``answers``; ``turns``: (set, id) -> the prompt's messages."""
     work = [{"messages": turns[a["set"], a["id"]], "response": a["response"]} for a in answers]
     return [{"key": digest(w), **w} for w in work]

@@ -80,7 +80,11 @@ def load_prompts(name_or_file: str, limit: int | None = None) -> list[Prompt]:
     if not found:
         raise UserError(f"{name_or_file}: no prompts in it")
     if limit is not None and limit < len(found):
-        kept = set(sorted(range(len(found)), key=lambda i: hashlib.sha256(found[i].text.encode()).digest())[:limit])
+        kept = set(
+            sorted(
+                range(len(found)), key=lambda i: hashlib.sha256(found[i].text.encode()).digest()
+            )[:limit]
+        )
         found = [p for i, p in enumerate(found) if i in kept]
     return found
 
@@ -89,7 +93,9 @@ def load_sets(names: Sequence[str], limit: int | None = None) -> list[list[Promp
     """``load_prompts`` of each, whose answers are told apart by the sets' names. UserError where two are alike."""
     found = [load_prompts(name, limit) for name in names]
     if len({prompts[0].set for prompts in found}) < len(found):
-        raise UserError(f"--sets: two sets are named alike ({', '.join(p[0].set for p in found)}); rename a file")
+        raise UserError(
+            f"--sets: two sets are named alike ({', '.join(p[0].set for p in found)}); rename a file"
+        )
     return found
 
 
@@ -100,10 +106,15 @@ def prompts_digest(prompts: Iterable[Prompt]) -> str:
 
 def _read(name: str) -> list[Prompt]:
     place = Path(name).expanduser()
-    if not place.exists() and (hub := KNOWN.get(name.lower()) or next((h for h in KNOWN.values() if h.path == name), None)):
+    if not place.exists() and (
+        hub := KNOWN.get(name.lower()) or next((h for h in KNOWN.values() if h.path == name), None)
+    ):
         title, rows = _known_name(hub), _hub(hub)
     else:
-        title, rows = re.sub(r"(\.(jsonl|json|csv|parquet|gz))+$", "", place.name), iter(_local(place, name))
+        title, rows = (
+            re.sub(r"(\.(jsonl|json|csv|parquet|gz))+$", "", place.name),
+            iter(_local(place, name)),
+        )
     plain = re.sub(r"[^a-z]", "", f"{title}".lower())
     all_harmful = any(known in plain for known in ALL_HARMFUL)
     found: dict[tuple[Any, ...], Prompt] = {}
@@ -116,7 +127,9 @@ def _read(name: str) -> list[Prompt]:
             prompt = replace(prompt, harmful=True)
         before = found.get(prompt.turns)
         if before is not None:
-            if prompt.harmful and before.harmful is False and "response_0" in row:  # PKU: another answer to it is unsafe
+            if (
+                prompt.harmful and before.harmful is False and "response_0" in row
+            ):  # PKU: another answer to it is unsafe
                 found[prompt.turns] = replace(before, harmful=True, category=prompt.category)
             continue
         given = prompt.id if prompt.id and prompt.id not in taken else str(number)
@@ -134,7 +147,9 @@ def _known_name(hub: Hub) -> str:
 def _local(place: Path, name: str) -> Iterator[tuple[str, Row]]:
     """Rows of a file or folder; of a folder whose files name splits, the test files. An unknown name is told with the known."""
     if not place.exists() and "/" not in name:
-        raise UserError(f"--sets {name}: no such file, and no known set; known are {', '.join(KNOWN)}, {MINIATURE}")
+        raise UserError(
+            f"--sets {name}: no such file, and no known set; known are {', '.join(KNOWN)}, {MINIATURE}"
+        )
     yield from read_rows(name, "test")
 
 
@@ -145,7 +160,9 @@ def _hub(hub: Hub) -> Iterator[tuple[str, Row]]:
         rows = datasets.load_dataset(hub.path, hub.config, split=hub.split)
     except Exception as error:  # the hub's and the library's many errors alike: whatever it is, the set cannot be had
         what = " ".join(str(error).split())[:160]
-        if any(sign in f"{type(error).__name__} {what}".lower() for sign in ("gated", "401", "403")):
+        if any(
+            sign in f"{type(error).__name__} {what}".lower() for sign in ("gated", "401", "403")
+        ):
             raise UserError(
                 f"{hub.path} is gated: accept its terms at https://huggingface.co/datasets/{hub.path}, log in by "
                 "`hf auth login`, or name a file of it"
@@ -166,7 +183,9 @@ def _prompt(row: Row, source: str, title: str) -> Prompt:
                 f"{source}: the prompt is {str(text)[:40]!r}, a text (or messages that end with the user's) is expected"
             )
         name = row.get("id", row.get("BehaviorID"))
-        return Prompt("" if name is None else str(name), title, last, harmful, str(category or ""), messages)
+        return Prompt(
+            "" if name is None else str(name), title, last, harmful, str(category or ""), messages
+        )
 
     if "forbidden_prompt" in row:
         return made(row["forbidden_prompt"], True, row.get("category"))
@@ -177,24 +196,50 @@ def _prompt(row: Row, source: str, title: str) -> Prompt:
     if "question" in row and "risk_area" in row:
         return made(row["question"], True, row["risk_area"])
     if "prompt" in row and "intents" in row:
-        return made(row["prompt"], True, Path(re.sub(r":\d+$| row \d+$", "", source)).name.partition(".")[0].replace("_", " "))
+        return made(
+            row["prompt"],
+            True,
+            Path(re.sub(r":\d+$| row \d+$", "", source)).name.partition(".")[0].replace("_", " "),
+        )
     if "response_0" in row and "prompt" in row:
         unsafe = [i for i in (0, 1) if row.get(f"is_response_{i}_safe") in (False, 0)]
         known = any(row.get(f"is_response_{i}_safe") is not None for i in (0, 1))
-        return made(row["prompt"], bool(unsafe) if known else None, next((c for i in unsafe if (c := _harm(row, i))), ""))
-    text = next((row[name] for name in ("prompt", "question", "instruction", "text") if row.get(name) is not None), None)
+        return made(
+            row["prompt"],
+            bool(unsafe) if known else None,
+            next((c for i in unsafe if (c := _harm(row, i))), ""),
+        )
+    text = next(
+        (
+            row[name]
+            for name in ("prompt", "question", "instruction", "text")
+            if row.get(name) is not None
+        ),
+        None,
+    )
     if text is None:
         raise UserError(
             f"{source}: no column prompt (or question, instruction, text, forbidden_prompt, Behavior); there are "
             f"{', '.join(sorted(row)) or 'none'}"
         )
-    category = next((row[name] for name in ("category", "type", "subcategory", "kind") if isinstance(row.get(name), str)), "")
+    category = next(
+        (
+            row[name]
+            for name in ("category", "type", "subcategory", "kind")
+            if isinstance(row.get(name), str)
+        ),
+        "",
+    )
     return made(text, _harmful(row, source), category)
 
 
 def _harm(row: Row, number: int) -> str:
     categories = row.get(f"response_{number}_harm_category")
-    return next((name for name, there in categories.items() if there), "") if isinstance(categories, Mapping) else ""
+    return (
+        next((name for name, there in categories.items() if there), "")
+        if isinstance(categories, Mapping)
+        else ""
+    )
 
 
 def _harmful(row: Row, source: str) -> bool | None:
@@ -204,7 +249,9 @@ def _harmful(row: Row, source: str) -> bool | None:
             continue
         known = given if isinstance(given, bool) else HARMFUL.get(str(given).strip().lower())
         if known is None and name != "label":  # any set may have a label of its own
-            raise UserError(f"{source}: {name} is {str(given)[:40]!r}, allowed are {', '.join(HARMFUL)}")
+            raise UserError(
+                f"{source}: {name} is {str(given)[:40]!r}, allowed are {', '.join(HARMFUL)}"
+            )
         if known is not None:
             return known
     kind = row.get("type")
@@ -231,4 +278,7 @@ def _miniature(name: str) -> list[Prompt]:
         raise UserError(f"--sets {name}: {MINIATURE} or {MINIATURE}:SEED is expected")
     number = int(seed or 0)
     rows = [row for row in held_out_prompts(make_world(number), number) if row["split"] == "test"]
-    return [Prompt(str(i), "miniature", row["prompt"], row["harmful"], row["kind"]) for i, row in enumerate(rows, 1)]
+    return [
+        Prompt(str(i), "miniature", row["prompt"], row["harmful"], row["kind"])
+        for i, row in enumerate(rows, 1)
+    ]

@@ -64,11 +64,17 @@ def train_score_models(
     """
     run = run_directory(config, run_dir)
     if run.local is None:
-        raise UserError(f"{run.uri}: score models are measured where they are saved: name a local or shared --run-dir")
+        raise UserError(
+            f"{run.uri}: score models are measured where they are saved: name a local or shared --run-dir"
+        )
     manifest = Manifest(run)
     manifest.refuse_other(config)
     scoring = scoring_config(config)
-    steps = [Step(kind, parts, manifest.why(kind, parts)) for kind in kinds for parts in [fingerprint(scoring, kind)]]
+    steps = [
+        Step(kind, parts, manifest.why(kind, parts))
+        for kind in kinds
+        for parts in [fingerprint(scoring, kind)]
+    ]
     report: dict[str, Any] = json.loads(run.read(REPORT)) if run.exists(REPORT) else {}
     stale = [s for s in steps if s.reason or report.get(s.stage, {}).get("digest") != s.digest]
     if not stale:
@@ -82,7 +88,10 @@ def train_score_models(
         try:
             _train(scoring, run, manifest, [s for s in stale if s.reason], rows, say)
             for step in stale:
-                report[step.stage] = {"digest": step.digest, **_measure(scoring, run, cache, step.stage, rows[step.stage], say)}
+                report[step.stage] = {
+                    "digest": step.digest,
+                    **_measure(scoring, run, cache, step.stage, rows[step.stage], say),
+                }
                 run.write(REPORT, json.dumps(report, indent=1).encode())
         finally:
             if session is not None:
@@ -95,7 +104,9 @@ def train_score_models(
 def scoring_config(config: Config) -> Config:
     """The recipe with the score models' own base and data in the place of the policy's."""
     section = config.reward_model
-    return config.model_copy(update={"model": section.model or config.model, "data": section.data or config.data})
+    return config.model_copy(
+        update={"model": section.model or config.model, "data": section.data or config.data}
+    )
 
 
 def fingerprint(config: Config, kind: str) -> dict[str, str]:
@@ -122,7 +133,9 @@ def read_rows(config: Config, kinds: Sequence[str], say: Say) -> dict[str, list[
     rows: dict[str, list[Row]] = {}
     for kind in kinds:
         label = "better_response_id" if kind == "reward" else "safer_response_id"
-        labelled = [(p, c) for p in pairs if (c := p.better if kind == "reward" else p.safer) is not None]
+        labelled = [
+            (p, c) for p in pairs if (c := p.better if kind == "reward" else p.safer) is not None
+        ]
         responses = [(p.responses[c], p.responses[1 - c]) for p, c in labelled]
         documents = score_documents(tokenizer, [p.prompt for p, _ in labelled], responses)
         rows[kind] = [
@@ -137,7 +150,11 @@ def read_rows(config: Config, kinds: Sequence[str], say: Say) -> dict[str, list[
         reasons = "".join(f", {count} {reason}" for reason, count in left_out.items() if count)
         say(f"{kind}: {len(rows[kind])} pairs, {held_out} of them held out{reasons}")
         if not 0 < held_out < len(rows[kind]):
-            what = "held out to measure the model on" if rows[kind] and not held_out else f"left to train on{reasons}"
+            what = (
+                "held out to measure the model on"
+                if rows[kind] and not held_out
+                else f"left to train on{reasons}"
+            )
             raise UserError(
                 f"{config.data.sets[0].path}: no pair with {label} is {what}; data.validation is {config.data.validation}"
             )
@@ -145,11 +162,20 @@ def read_rows(config: Config, kinds: Sequence[str], say: Say) -> dict[str, list[
 
 
 def _signs(pair: Pair, chosen: int) -> tuple[float, float]:
-    first, second = ({None: 0.0, True: -1.0, False: 1.0}[pair.safe[i]] for i in (chosen, 1 - chosen))
+    first, second = (
+        {None: 0.0, True: -1.0, False: 1.0}[pair.safe[i]] for i in (chosen, 1 - chosen)
+    )
     return first, second
 
 
-def _train(config: Config, run: Storage, manifest: Manifest, todo: list[Step], rows: dict[str, list[Row]], say: Say) -> None:
+def _train(
+    config: Config,
+    run: Storage,
+    manifest: Manifest,
+    todo: list[Step],
+    rows: dict[str, list[Row]],
+    say: Say,
+) -> None:
     if not todo:
         return
     for step in todo:
@@ -157,7 +183,9 @@ def _train(config: Config, run: Storage, manifest: Manifest, todo: list[Step], r
         write_table(run / f"{FOLDERS[step.stage]}.work", "pairs.parquet", _table(rows[step.stage]))
 
     def commit(kind: str, seconds: float) -> None:
-        manifest.commit(kind, next(s.parts for s in todo if s.stage == kind), FOLDERS[kind], seconds)
+        manifest.commit(
+            kind, next(s.parts for s in todo if s.stage == kind), FOLDERS[kind], seconds
+        )
         say(f"{kind}: done in {seconds:.1f} s")
 
     together = held_together(config, [s.stage for s in todo], "score models", say)
@@ -179,7 +207,9 @@ def _table(rows: Sequence[Row]) -> pa.Table:
     )
 
 
-def _measure(config: Config, run: Storage, cache: Storage, kind: str, rows: Sequence[Row], say: Say) -> dict[str, Any]:
+def _measure(
+    config: Config, run: Storage, cache: Storage, kind: str, rows: Sequence[Row], say: Say
+) -> dict[str, Any]:
     """The figures of the saved model, read and used as any other scorer."""
     from ..pipeline.score import distinct_items, score
 
@@ -188,9 +218,13 @@ def _measure(config: Config, run: Storage, cache: Storage, kind: str, rows: Sequ
     scores = config.scores.model_copy(update={"reward": scorer, "cost": scorer})
     held_out = [row for row in rows if row.held_out]
     pairs = [row.pair for row in held_out]
-    documents = [(r.document.prefix, [r.document.suffixes[i != r.chosen] for i in (0, 1)]) for r in held_out]
+    documents = [
+        (r.document.prefix, [r.document.suffixes[i != r.chosen] for i in (0, 1)]) for r in held_out
+    ]
     items, fingerprints = distinct_items(pairs, documents), {kind: scorer_id(scorer)}
-    scored = score(config.model_copy(update={"scores": scores}), items, pairs, fingerprints, [], cache, say)
+    scored = score(
+        config.model_copy(update={"scores": scores}), items, pairs, fingerprints, [], cache, say
+    )
     table = pa.table(
         {
             "id": [row.pair.source for row in held_out],
@@ -202,4 +236,8 @@ def _measure(config: Config, run: Storage, cache: Storage, kind: str, rows: Sequ
         }
     )
     write_table(run / "reward", f"{kind}.held_out.parquet", table)
-    return {"model": str(folder), "training_pairs": len(rows) - len(held_out), **figures(kind, table.to_pydict())}
+    return {
+        "model": str(folder),
+        "training_pairs": len(rows) - len(held_out),
+        **figures(kind, table.to_pydict()),
+    }

@@ -37,7 +37,9 @@ def figures(kind: str, rows: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         **_binary(margin, owner),
     }
     if kind == "cost":
-        sign = np.concatenate([np.asarray(rows["sign_chosen"], float), np.asarray(rows["sign_rejected"], float)])
+        sign = np.concatenate(
+            [np.asarray(rows["sign_chosen"], float), np.asarray(rows["sign_rejected"], float)]
+        )
         known = sign != 0
         if known.any():
             result["sign"] = {
@@ -55,12 +57,16 @@ def _binary(evidence: Array, owner: Array) -> dict[str, Any]:
     return {
         "accuracy": over_prompts(lambda weight: np.average(right, weights=weight), owner),
         "loss": over_prompts(lambda weight: np.average(loss, weights=weight), owner),
-        "calibration_error": over_prompts(lambda weight: calibration_error(sure, right, weight), owner),
+        "calibration_error": over_prompts(
+            lambda weight: calibration_error(sure, right, weight), owner
+        ),
         "reliability": reliability(sure, right),
     }
 
 
-def over_prompts(statistic: Callable[[Array], float], owner: Array, draws: int = DRAWS, seed: int = 0) -> list[float]:
+def over_prompts(
+    statistic: Callable[[Array], float], owner: Array, draws: int = DRAWS, seed: int = 0
+) -> list[float]:
     """[value, low, high]: ``statistic`` of weights [N], with its 95% percentile interval over draws of prompts.
 
     Args:
@@ -68,7 +74,10 @@ def over_prompts(statistic: Callable[[Array], float], owner: Array, draws: int =
     """
     owner = np.unique(owner, return_inverse=True)[1]
     prompts, rng = int(owner.max()) + 1, np.random.default_rng(seed)
-    drawn = [statistic(np.bincount(rng.integers(prompts, size=prompts), minlength=prompts)[owner]) for _ in range(draws)]
+    drawn = [
+        statistic(np.bincount(rng.integers(prompts, size=prompts), minlength=prompts)[owner])
+        for _ in range(draws)
+    ]
     return [float(statistic(np.ones(len(owner)))), *map(float, np.percentile(drawn, [2.5, 97.5]))]
 
 
@@ -104,9 +113,15 @@ def render(kind: str, told: Mapping[str, Any]) -> str:
     def line(name: str, triple: Sequence[float]) -> str:
         return f"  {name:28}{triple[0]:.3f}  [{triple[1]:.3f}, {triple[2]:.3f}]"
 
-    lines = [f"{kind} model on {told['pairs']} held-out pairs of {told['prompts']} prompts, 95% intervals over prompts"]
+    lines = [
+        f"{kind} model on {told['pairs']} held-out pairs of {told['prompts']} prompts, 95% intervals over prompts"
+    ]
     for part, where in (("", told), ("sign: ", told.get("sign"))):
         if where:
-            names = (("accuracy", "accuracy"), ("loss", "loss (chance 0.693)"), ("calibration_error", "calibration error"))
+            names = (
+                ("accuracy", "accuracy"),
+                ("loss", "loss (chance 0.693)"),
+                ("calibration_error", "calibration error"),
+            )
             lines += [line(part + title, where[name]) for name, title in names]
     return "\n".join(lines)

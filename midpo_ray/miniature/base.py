@@ -31,7 +31,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<answer>{% endif %}"
 )
 STEPS, BATCH, LR, WARMUP = 500, 32, 4e-3, 20
-UNCONDITIONAL = 0.10  # share of sequences behind an empty prompt: what an unconditional log-probability needs
+UNCONDITIONAL = (
+    0.10  # share of sequences behind an empty prompt: what an unconditional log-probability needs
+)
 HARM = 0.05  # weight of a head that tells harm at the prompt's last token: a chat model knows harm, and a gate can but read
 
 Progress = Callable[[int, int, float], None]  # (step, steps, mean loss in nats a token)
@@ -46,7 +48,14 @@ class Built:
     prompts: Path  # JSONL: prompt, harmful, lookalike, kind, split (validation or test), held-out (verb, object) pairs
 
 
-def build(folder: str | Path, *, seed: int, rows: int = 2000, steps: int = STEPS, progress: Progress | None = None) -> Built:
+def build(
+    folder: str | Path,
+    *,
+    seed: int,
+    rows: int = 2000,
+    steps: int = STEPS,
+    progress: Progress | None = None,
+) -> Built:
     """The files of world ``seed`` under ``folder``, made at the first call (a minute of one core) and found at the next.
 
     They lie in a folder named by everything that decides them; it is written aside and renamed, so a killed build leaves nothing
@@ -92,7 +101,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def train_base(
-    world: w.World, tokenizer: PreTrainedTokenizerFast, *, seed: int, steps: int = STEPS, progress: Progress | None = None
+    world: w.World,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+    steps: int = STEPS,
+    progress: Progress | None = None,
 ) -> PreTrainedModel:
     """A Llama of 0.6 M parameters, trained on the mixture of answers to the training prompts, in one thread.
 
@@ -118,9 +132,17 @@ def train_base(
     return model.eval()
 
 
-def _fit(model: PreTrainedModel, head: torch.nn.Linear, sequences: Any, steps: int, progress: Progress | None) -> None:
+def _fit(
+    model: PreTrainedModel,
+    head: torch.nn.Linear,
+    sequences: Any,
+    steps: int,
+    progress: Progress | None,
+) -> None:
     model.train()
-    optim = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=LR, betas=(0.9, 0.98), weight_decay=0.01)
+    optim = torch.optim.AdamW(
+        [*model.parameters(), *head.parameters()], lr=LR, betas=(0.9, 0.98), weight_decay=0.01
+    )
     pad = model.config.pad_token_id
     for step in range(steps):
         warm = min(1.0, (step + 1) / WARMUP)
@@ -129,7 +151,9 @@ def _fit(model: PreTrainedModel, head: torch.nn.Linear, sequences: Any, steps: i
         rows = [next(sequences) for _ in range(BATCH)]
         longest = max(len(row) for row, _, _ in rows)
         ids = torch.tensor([row + [pad] * (longest - len(row)) for row, _, _ in rows])
-        labels = torch.tensor([[pad] * start + row[start:] + [pad] * (longest - len(row)) for row, start, _ in rows])[:, 1:]
+        labels = torch.tensor(
+            [[pad] * start + row[start:] + [pad] * (longest - len(row)) for row, start, _ in rows]
+        )[:, 1:]
         asked = [i for i, (_, _, harmful) in enumerate(rows) if harmful is not None]
         harm = torch.tensor([float(rows[i][2]) for i in asked])
         # padding is on the right, behind a causal mask: real positions never see it
@@ -160,7 +184,11 @@ def _sequences(world: w.World, tokenizer: PreTrainedTokenizerFast, seed: int) ->
         response = w.write_response(w.draw_kind(topic, rng), topic, rng)
         empty = rng.random() < UNCONDITIONAL
         words = [BOS, *w.words("" if empty else prompt), ANSWER, *w.words(response), EOS]
-        yield [ids[word] for word in words], words.index(ANSWER) + 1, None if empty else w.is_harmful(topic)
+        yield (
+            [ids[word] for word in words],
+            words.index(ANSWER) + 1,
+            None if empty else w.is_harmful(topic),
+        )
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:

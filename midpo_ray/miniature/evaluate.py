@@ -25,7 +25,12 @@ COLUMNS = {  # figure -> heading
 
 
 def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 48, temperature: float = 1.0, seed: int = 0
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    max_new_tokens: int = 48,
+    temperature: float = 1.0,
+    seed: int = 0,
 ) -> list[str]:
     """Answers of a causal language model, batched with padding on the left; greedy where ``temperature`` is 0.
 
@@ -34,15 +39,25 @@ def generate(
     """
     tokenizer.padding_side = "left"
     texts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True)
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True
+        )
         for p in prompts
     ]
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # like lengths together: less padding
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0}
+        if temperature
+        else {"do_sample": False}
+    )
+    order = sorted(
+        range(len(texts)), key=lambda i: len(texts[i])
+    )  # like lengths together: less padding
     answers = [""] * len(texts)
     for start in range(0, len(order), BATCH):
         part = order[start : start + BATCH]
-        batch = tokenizer([texts[i] for i in part], return_tensors="pt", padding=True, add_special_tokens=False)
+        batch = tokenizer(
+            [texts[i] for i in part], return_tensors="pt", padding=True, add_special_tokens=False
+        )
         ids = batch["input_ids"].to(model.device)
         with torch.inference_mode(), torch.random.fork_rng():
             torch.manual_seed(seed + start)
@@ -78,7 +93,10 @@ def figures(prompts: Sequence[Mapping[str, Any]], responses: Sequence[str]) -> d
 
 
 def table(
-    models: Mapping[str, Any | Answer], tokenizer: Any, prompts: Sequence[Mapping[str, Any]], max_new_tokens: int = 48
+    models: Mapping[str, Any | Answer],
+    tokenizer: Any,
+    prompts: Sequence[Mapping[str, Any]],
+    max_new_tokens: int = 48,
 ) -> dict[str, dict[str, float]]:
     """``figures`` of each model, by name; a model is a causal language model or a function from prompts to responses."""
     texts = [p["prompt"] for p in prompts]
@@ -90,7 +108,9 @@ def table(
     return rows
 
 
-def routing_figures(prompts: Sequence[Mapping[str, Any]], gates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def routing_figures(
+    prompts: Sequence[Mapping[str, Any]], gates: Sequence[Mapping[str, float]]
+) -> dict[str, float]:
     """How the gates at the last prompt token, {"safety", "helpfulness"} of each prompt, tell harmful prompts from others.
 
     The AUROCs are those of g_s - g_h: between harmful and all benign prompts, and between harmful ones and look-alikes.
@@ -98,8 +118,12 @@ def routing_figures(prompts: Sequence[Mapping[str, Any]], gates: Sequence[Mappin
     lean = [g["safety"] - g["helpfulness"] for g in gates]
     harmful = [x for x, p in zip(lean, prompts, strict=True) if p["harmful"]]
     result = {
-        "auroc_benign": auroc(harmful, [x for x, p in zip(lean, prompts, strict=True) if not p["harmful"]]),
-        "auroc_lookalike": auroc(harmful, [x for x, p in zip(lean, prompts, strict=True) if p["lookalike"]]),
+        "auroc_benign": auroc(
+            harmful, [x for x, p in zip(lean, prompts, strict=True) if not p["harmful"]]
+        ),
+        "auroc_lookalike": auroc(
+            harmful, [x for x, p in zip(lean, prompts, strict=True) if p["lookalike"]]
+        ),
     }
     for name in ("safety", "helpfulness"):
         for kind in (True, False):
@@ -110,12 +134,20 @@ def routing_figures(prompts: Sequence[Mapping[str, Any]], gates: Sequence[Mappin
 
 def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
     """Probability that a positive's score is above a negative's, ties half; NaN where one side is empty."""
-    above = torch.tensor(positive, dtype=torch.float64)[:, None] - torch.tensor(negative, dtype=torch.float64)[None, :]
+    above = (
+        torch.tensor(positive, dtype=torch.float64)[:, None]
+        - torch.tensor(negative, dtype=torch.float64)[None, :]
+    )
     return ((above > 0).double() + 0.5 * (above == 0).double()).mean().item()
 
 
 def evaluate_run(
-    run_dir: str | Path, base_dir: str | Path, prompts_file: str | Path, *, prompts: int = 400, max_new_tokens: int = 48
+    run_dir: str | Path,
+    base_dir: str | Path,
+    prompts_file: str | Path,
+    *,
+    prompts: int = 400,
+    max_new_tokens: int = 48,
 ) -> dict[str, Any]:
     """Base, each expert and the routed model of a finished run on the world's test prompts.
 
@@ -144,7 +176,9 @@ def evaluate_run(
     models = {
         "base": base(),
         "safety expert": PeftModel.from_pretrained(base(), run / "experts" / "safety").eval(),
-        "helpfulness expert": PeftModel.from_pretrained(base(), run / "experts" / "helpfulness").eval(),
+        "helpfulness expert": PeftModel.from_pretrained(
+            base(), run / "experts" / "helpfulness"
+        ).eval(),
         "routed": routed.eval(),
     }
     result = table(models, tokenizer, rows, max_new_tokens)

@@ -25,8 +25,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-TEMPLATE_KEYS = ("template", "null_context", "max_length", "max_prompt_length", "long_prompts")  # of config.Data
-PREFIX, LOW, HIGH = "base_model.model.", ".lora_A.weight", ".lora_B.weight"  # PEFT's names of a LoRA adapter's tensors
+TEMPLATE_KEYS = (
+    "template",
+    "null_context",
+    "max_length",
+    "max_prompt_length",
+    "long_prompts",
+)  # of config.Data
+PREFIX, LOW, HIGH = (
+    "base_model.model.",
+    ".lora_A.weight",
+    ".lora_B.weight",
+)  # PEFT's names of a LoRA adapter's tensors
 # what an adapter may hold beyond A and B of one Linear, and the value that says it does not
 PLAIN = {
     "peft_type": "LORA", "use_rslora": False, "use_dora": False, "bias": "none", "lora_bias": False, "fan_in_fan_out": False,
@@ -56,10 +66,14 @@ def read_adapter(folder: str | Path) -> Adapter:
     config = _json(where)
     for key, plain in PLAIN.items():
         if config.get(key, plain) not in (plain, None, [], {}):
-            raise UserError(f"{where}: {key} is {config[key]!r}, the router takes plain LoRA adapters, where it is {plain!r}")
+            raise UserError(
+                f"{where}: {key} is {config[key]!r}, the router takes plain LoRA adapters, where it is {plain!r}"
+            )
     targets = config.get("target_modules")
     if not isinstance(targets, list) or len(targets) != 1:
-        raise UserError(f"{where}: target_modules is {targets!r}, the router takes exactly one module, for example ['down_proj']")
+        raise UserError(
+            f"{where}: target_modules is {targets!r}, the router takes exactly one module, for example ['down_proj']"
+        )
     rank, alpha, target = config["r"], config["lora_alpha"], str(targets[0])
     tensors = _tensors(file)
     weights = {}
@@ -69,7 +83,9 @@ def read_adapter(folder: str | Path) -> Adapter:
             raise UserError(f"{file}: tensor {name} is not the A or B of a {target}")
         low, high = (tensors.get(PREFIX + path + end) for end in (LOW, HIGH))
         if low is None or high is None or low.shape[0] != rank or high.shape[1] != rank:
-            raise UserError(f"{file}: {path} does not hold an A and a B of rank {rank}, which {where.name} says (r)")
+            raise UserError(
+                f"{file}: {path} does not hold an A and a B of rank {rank}, which {where.name} says (r)"
+            )
         weights[path] = (low, high, alpha / rank)
     if not weights:
         raise UserError(f"{file}: holds no tensor, an A and a B for each {target} are expected")
@@ -117,10 +133,20 @@ def route(
     experts = [read_adapter(safety_dir), read_adapter(helpfulness_dir)]
     for expert in experts:
         if expert.base != base.path:
-            check_adapter_base(expert.base, model.name_or_path or base.path, expert.folder / ADAPTER_FILES[0])
+            check_adapter_base(
+                expert.base, model.name_or_path or base.path, expert.folder / ADAPTER_FILES[0]
+            )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _assemble(model, experts, router, lambda d_ff: make_gate(router.gate, d_ff, router.width), base, tokenizer, data)
+        return _assemble(
+            model,
+            experts,
+            router,
+            lambda d_ff: make_gate(router.gate, d_ff, router.width),
+            base,
+            tokenizer,
+            data,
+        )
 
 
 def _assemble(
@@ -162,14 +188,24 @@ def _assemble(
         model.set_submodule(path, layers[path])
     hashes = {name: expert.hashes for name, expert in zip(EXPERTS, experts, strict=True)}
     return RoutedCausalLM(
-        model, context, layers, router=router, base=base, hashes=hashes, target=first.target, tokenizer=tokenizer, data=data
+        model,
+        context,
+        layers,
+        router=router,
+        base=base,
+        hashes=hashes,
+        target=first.target,
+        tokenizer=tokenizer,
+        data=data,
     )
 
 
 # --- files ------------------------------------------------------------------------------------------------------------------
 
 
-def save_router(routed: RoutedCausalLM, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
+def save_router(
+    routed: RoutedCausalLM, folder: str | Path, state: Mapping[str, Tensor] | None = None
+) -> None:
     """Write router.safetensors (linear and bottleneck gates folded) and router.json. The model stays as it is.
 
     ``state`` is the gates' state where it is not in the model: gathered from the shards of ZeRO-3.
@@ -188,7 +224,10 @@ def save_router(routed: RoutedCausalLM, folder: str | Path, state: Mapping[str, 
             gate = make_gate(routed.router.gate, layer.base.in_features, routed.router.width)
             gate.load_state_dict({name: state[prefix + name] for name in gate.state_dict()})
         gate = fold_gate(gate) if folded else gate
-        kept |= {prefix + name: p.detach().float().cpu().contiguous() for name, p in gate.named_parameters()}
+        kept |= {
+            prefix + name: p.detach().float().cpu().contiguous()
+            for name, p in gate.named_parameters()
+        }
     settings = {
         "format": 1,
         "gate": routed.router.gate,
@@ -206,7 +245,9 @@ def save_router(routed: RoutedCausalLM, folder: str | Path, state: Mapping[str, 
 
 
 def load_routed(
-    path: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+    path: str | Path,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> RoutedCausalLM:
     """The routed model of a run directory (router/, experts/safety/, experts/helpfulness/) or of its router folder, to serve.
 
@@ -224,33 +265,51 @@ def load_routed(
     if (folder / "router").is_dir():
         folder = folder / "router"
     if not (folder / "router.json").is_file():
-        raise UserError(f"{path}: no routed model, a run directory with router/router.json is expected")
+        raise UserError(
+            f"{path}: no routed model, a run directory with router/router.json is expected"
+        )
     settings = _json(folder / "router.json")
     experts = []
     for name in EXPERTS:
         home = folder.resolve().parent / "experts" / name
         for file, digest in hash_adapter(home).items():
             if digest != settings["adapters"][name][file]:
-                raise UserError(f"{home / file}: not the file that {folder / 'router.json'} was trained on (its sha256 differs)")
+                raise UserError(
+                    f"{home / file}: not the file that {folder / 'router.json'} was trained on (its sha256 differs)"
+                )
         experts.append(read_adapter(home))
     base = Model(**settings["base"])
     if dtype is not None:
         base = base.model_copy(update={"dtype": _dtype_name(dtype)})
     if model_fingerprint(base.path, base.revision) != settings["fingerprint"]:
-        raise UserError(f"{base.path}: not the base model that {folder / 'router.json'} was trained on (its content differs)")
+        raise UserError(
+            f"{base.path}: not the base model that {folder / 'router.json'} was trained on (its content differs)"
+        )
     router = Router.model_validate({key: settings[key] for key in ("gate", "width", "scope")})
     kind = "linear" if settings["folded"] else router.gate
     data = template_data(settings["data"])
     model = load_base(base, device, serve=True)
-    routed = _assemble(model, experts, router, lambda d_ff: make_gate(kind, d_ff, router.width), base, load_tokenizer(base), data)
-    routed.load_gate_state(_tensors(folder / "router.safetensors"), str(folder / "router.safetensors"))
+    routed = _assemble(
+        model,
+        experts,
+        router,
+        lambda d_ff: make_gate(kind, d_ff, router.width),
+        base,
+        load_tokenizer(base),
+        data,
+    )
+    routed.load_gate_state(
+        _tensors(folder / "router.safetensors"), str(folder / "router.safetensors")
+    )
     return routed.fold().eval()
 
 
 def _dtype_name(dtype: str | torch.dtype) -> str:
     name = str(dtype).removeprefix("torch.")
     if name not in ("float32", "bfloat16", "float16", "float64"):
-        raise UserError(f"dtype {name!r} is not known, allowed are float32, bfloat16, float16, float64")
+        raise UserError(
+            f"dtype {name!r} is not known, allowed are float32, bfloat16, float16, float64"
+        )
     return name
 
 
@@ -268,4 +327,6 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable JSON file ({error.__class__.__name__}: {error})") from None
+        raise UserError(
+            f"{path}: not a readable JSON file ({error.__class__.__name__}: {error})"
+        ) from None

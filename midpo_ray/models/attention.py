@@ -44,7 +44,9 @@ def attention_forward(
     if tree is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
     if dropout or kwargs.get("softcap") is not None:
         raise ValueError("attention dropout and soft caps need model.attention: eager")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -60,13 +62,21 @@ class Tree:
 
     def added(self, segment: Segment, window: int | None, device: torch.device) -> Tensor:
         """[n, m]: positions count from the prompt's start, so they say it all."""
-        prompt, own = segment.prompt.stop - segment.prompt.start, segment.own.stop - segment.own.start
+        prompt, own = (
+            segment.prompt.stop - segment.prompt.start,
+            segment.own.stop - segment.own.start,
+        )
         if window is not None and window >= prompt + own:
             window = None
         if (prompt, own, window) not in self._added:
-            ahead = torch.arange(prompt + own, device=device) - torch.arange(prompt, prompt + own, device=device)[:, None]
+            ahead = (
+                torch.arange(prompt + own, device=device)
+                - torch.arange(prompt, prompt + own, device=device)[:, None]
+            )
             hidden = ahead > 0 if window is None else (ahead > 0) | (ahead <= -window)
-            added = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, torch.finfo(torch.float32).min)
+            added = torch.zeros(hidden.shape, device=device).masked_fill_(
+                hidden, torch.finfo(torch.float32).min
+            )
             self._added[prompt, own, window] = added
         return self._added[prompt, own, window]
 
@@ -74,7 +84,9 @@ class Tree:
 def bias(batch: TokenBatch, window: int | None, dtype: torch.dtype) -> Tensor:
     """``batch.mask`` as what eager attention adds to the scores, [R, 1, T, T]."""
     mask = batch.mask(window)
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
+        ~mask, torch.finfo(dtype).min
+    )
 
 
 def block_mask(batch: TokenBatch, window: int | None) -> Any:
@@ -86,7 +98,9 @@ def block_mask(batch: TokenBatch, window: int | None) -> Any:
     def attends(row: Tensor, head: Tensor, token: Tensor, to: Tensor) -> Tensor:
         same = (token >= to) & (document[row, token] == document[row, to])
         same = same & ((branch[row, to] == 0) | (branch[row, token] == branch[row, to]))
-        return same if window is None else same & (position[row, token] - position[row, to] < window)
+        return (
+            same if window is None else same & (position[row, token] - position[row, to] < window)
+        )
 
     rows, length = document.shape
     return create_block_mask(attends, rows, None, length, length, device=str(document.device))
@@ -96,14 +110,28 @@ class _Attention(torch.autograd.Function):
     """softmax(q k^T scaling + added) v, [R, H, T, d]. Kept are q, k, v and the result; heads that share a key are one GEMM."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, tree: Tree, window: int | None, scaling: float) -> Tensor:
-        out = query.new_zeros(query.transpose(1, 2).shape).transpose(1, 2)  # in memory [R, T, H, d], as the next Linear reads it
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tree: Tree,
+        window: int | None,
+        scaling: float,
+    ) -> Tensor:
+        out = query.new_zeros(query.transpose(1, 2).shape).transpose(
+            1, 2
+        )  # in memory [R, T, H, d], as the next Linear reads it
         for segment in tree.segments:
             for heads, keys in _heads(query, key, segment):
                 q = _own(query, segment, heads, len(range(*keys.indices(key.shape[1]))))
-                weights = _weights(q, _seen(key, segment, keys), tree.added(segment, window, q.device), scaling)
+                weights = _weights(
+                    q, _seen(key, segment, keys), tree.added(segment, window, q.device), scaling
+                )
                 made = torch.bmm(weights.to(value.dtype), _seen(value, segment, keys))
-                out[segment.row, heads, segment.own] = made.view(-1, segment.own.stop - segment.own.start, made.shape[-1])
+                out[segment.row, heads, segment.own] = made.view(
+                    -1, segment.own.stop - segment.own.start, made.shape[-1]
+                )
         ctx.save_for_backward(query, key, value, out)
         ctx.rest = tree, window, scaling
         return out
@@ -112,7 +140,9 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         query, key, value, out = ctx.saved_tensors
         tree, window, scaling = ctx.rest
-        of_query, of_key, of_value = (x.new_zeros(x.transpose(1, 2).shape).transpose(1, 2) for x in (query, key, value))
+        of_query, of_key, of_value = (
+            x.new_zeros(x.transpose(1, 2).shape).transpose(1, 2) for x in (query, key, value)
+        )
         for segment in tree.segments:
             n = segment.own.stop - segment.own.start
             for heads, keys in _heads(query, key, segment):
@@ -122,8 +152,17 @@ class _Attention(torch.autograd.Function):
                 weights = _weights(q, k, tree.added(segment, window, q.device), scaling)
                 _add(of_value, segment, keys, torch.bmm(weights.to(g.dtype).transpose(1, 2), g))
                 correction = (g.float() * o.float()).sum(-1, keepdim=True)
-                of_scores = torch.bmm(g, v.transpose(1, 2)).float().sub_(correction).mul_(weights).mul_(scaling).to(g.dtype)
-                of_query[segment.row, heads, segment.own] = torch.bmm(of_scores, k).view(-1, n, q.shape[-1])
+                of_scores = (
+                    torch.bmm(g, v.transpose(1, 2))
+                    .float()
+                    .sub_(correction)
+                    .mul_(weights)
+                    .mul_(scaling)
+                    .to(g.dtype)
+                )
+                of_query[segment.row, heads, segment.own] = torch.bmm(of_scores, k).view(
+                    -1, n, q.shape[-1]
+                )
                 _add(of_key, segment, keys, torch.bmm(of_scores.transpose(1, 2), q))
         return of_query, of_key, of_value, None, None, None
 
@@ -133,7 +172,10 @@ def _heads(query: Tensor, key: Tensor, segment: Segment) -> list[tuple[slice, sl
     keys, shared = key.shape[1], query.shape[1] // key.shape[1]
     own = segment.own.stop - segment.own.start
     size = max(1, SCORES // (shared * own * (own + segment.prompt.stop - segment.prompt.start)))
-    return [(slice(at * shared, (at + size) * shared), slice(at, at + size)) for at in range(0, keys, size)]
+    return [
+        (slice(at * shared, (at + size) * shared), slice(at, at + size))
+        for at in range(0, keys, size)
+    ]
 
 
 def _own(x: Tensor, segment: Segment, heads: slice, groups: int) -> Tensor:
@@ -145,7 +187,9 @@ def _seen(x: Tensor, segment: Segment, keys: slice) -> Tensor:
     """[R, K, T, d] -> [K, m, d]: the prompt's tokens and the segment's own."""
     prompt, own = segment.prompt, segment.own
     if prompt.stop in (prompt.start, own.start):
-        return x[segment.row, keys, prompt.start if prompt.stop > prompt.start else own.start : own.stop]
+        return x[
+            segment.row, keys, prompt.start if prompt.stop > prompt.start else own.start : own.stop
+        ]
     return torch.cat([x[segment.row, keys, prompt], x[segment.row, keys, own]], dim=1)
 
 

@@ -21,7 +21,14 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CONTENT = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")  # files that decide what a local model computes
+CONTENT = (
+    "*.json",
+    "*.safetensors",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+    "*.py",
+)  # files that decide what a local model computes
 ADAPTER_CONFIG = "adapter_config.json"
 _hashes: dict[tuple[str, int, int], str] = {}  # (path, size, mtime) -> sha256
 
@@ -40,11 +47,15 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     with _explained(model, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(model.path, **_source(model))
     if tokenizer.eos_token_id is None:
-        raise UserError(f"tokenizer of {model.path}: it has no EOS token, which ends every response; set eos_token in its files")
+        raise UserError(
+            f"tokenizer of {model.path}: it has no EOS token, which ends every response; set eos_token in its files"
+        )
     return tokenizer
 
 
-def load_base(model: Model, device: torch.device | str | None = None, *, serve: bool = False) -> PreTrainedModel:
+def load_base(
+    model: Model, device: torch.device | str | None = None, *, serve: bool = False
+) -> PreTrainedModel:
     """The causal LM in its recipe's dtype, frozen, in evaluation mode.
 
     ``attention: auto`` is FlexAttention on CUDA, which is for the trees of training and not where a model is to ``serve``;
@@ -68,21 +79,29 @@ def load_classifier(model: Model, device: torch.device | str | None = None) -> P
     said = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # that the head is new is no news
     try:
-        return _load(AutoModelForSequenceClassification, "sequence classifier", model, device, num_labels=1)
+        return _load(
+            AutoModelForSequenceClassification, "sequence classifier", model, device, num_labels=1
+        )
     finally:
         transformers_logging.set_verbosity(said)
 
 
-def _load(auto: Any, what: str, model: Model, device: torch.device | str | None, **settings: Any) -> PreTrainedModel:
+def _load(
+    auto: Any, what: str, model: Model, device: torch.device | str | None, **settings: Any
+) -> PreTrainedModel:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     if model.trust_remote_code:
-        logging.getLogger("midpo_ray").warning("model %s: code from its repository is run (trust_remote_code)", model.path)
+        logging.getLogger("midpo_ray").warning(
+            "model %s: code from its repository is run (trust_remote_code)", model.path
+        )
     settings |= {"dtype": getattr(torch, model.dtype), "use_safetensors": True, **_source(model)}
     settings["attn_implementation"] = model.attention
     if model.attention == "auto":
-        settings["attn_implementation"] = "flex_attention" if torch.device(device or "cpu").type == "cuda" else None
+        settings["attn_implementation"] = (
+            "flex_attention" if torch.device(device or "cpu").type == "cuda" else None
+        )
     with _explained(model, what):
         base = auto.from_pretrained(model.path, **settings)
     base.requires_grad_(False)
@@ -100,13 +119,17 @@ def _explained(model: Model, what: str) -> Iterator[None]:
 
     local = Path(model.path)
     if local.exists() and not (local / "config.json").is_file():
-        raise UserError(f"model {model.path}: no model there, a folder with config.json is expected (or a hub name)")
+        raise UserError(
+            f"model {model.path}: no model there, a folder with config.json is expected (or a hub name)"
+        )
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         if local.exists():
-            raise UserError(f"model {model.path}: no {what} could be loaded from it: {reason[:300]}") from None
+            raise UserError(
+                f"model {model.path}: no {what} could be loaded from it: {reason[:300]}"
+            ) from None
         raise UserError(
             f"model {model.path}: no such folder, and no {what} of that hub name could be loaded: {reason[:300]}"
         ) from None
@@ -124,8 +147,12 @@ def model_fingerprint(path: str, revision: str | None = None) -> str:
     if folder.is_dir():
         files = sorted({file for pattern in CONTENT for file in folder.glob(pattern)})
         if not files:
-            raise UserError(f"model {path}: no model there, a folder with config.json is expected (or a hub name)")
-        return hashlib.sha256("".join(f"{file.name}\0{_sha256(file)}\n" for file in files).encode()).hexdigest()
+            raise UserError(
+                f"model {path}: no model there, a folder with config.json is expected (or a hub name)"
+            )
+        return hashlib.sha256(
+            "".join(f"{file.name}\0{_sha256(file)}\n" for file in files).encode()
+        ).hexdigest()
     from transformers.utils.hub import cached_file, extract_commit_hash
 
     with _explained(Model(path=path, revision=revision), "model"):
@@ -156,7 +183,9 @@ def check_targets(model: Model, lora: Lora, layers: int | None = None) -> None:
     with _explained(model, "causal language model"):
         config = AutoConfig.from_pretrained(model.path, **_source(model))
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+            skeleton = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=model.trust_remote_code
+            )
     _check_targets(skeleton, lora.target_modules, model.path)
     there = config.get_text_config().num_hidden_layers
     if layers is not None and layers > there:
@@ -168,11 +197,18 @@ def _check_targets(model: nn.Module, targets: Iterable[str], name: str) -> None:
     for target in targets:
         if not any(path == target or path.endswith(f".{target}") for path in linears):
             there = ", ".join(sorted({path.rpartition(".")[2] for path in linears}))
-            raise UserError(f"lora.target_modules: {target!r} matches no Linear of {name}; it has {there}")
+            raise UserError(
+                f"lora.target_modules: {target!r} matches no Linear of {name}; it has {there}"
+            )
 
 
 def add_lora(
-    model: PreTrainedModel, lora: Lora, seed: int, *, task: str | None = "CAUSAL_LM", layers: list[int] | None = None
+    model: PreTrainedModel,
+    lora: Lora,
+    seed: int,
+    *,
+    task: str | None = "CAUSAL_LM",
+    layers: list[int] | None = None,
 ) -> PeftModel:
     """The model with a fresh adapter, which alone is trainable; at first it changes nothing.
 
@@ -203,7 +239,9 @@ def add_lora(
         for name, parameter in adapted.named_parameters():
             if ".lora_A." in name:
                 bound = parameter.shape[1] ** -0.5  # kaiming_uniform_(a=sqrt(5))
-                parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+                parameter.copy_(
+                    torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+                )
     return adapted  # type: ignore[return-value]
 
 
@@ -219,9 +257,14 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, lora: Lora | None =
     try:
         settings = json.loads(where.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{where}: not readable, a PEFT adapter folder is expected ({error.__class__.__name__})") from None
+        raise UserError(
+            f"{where}: not readable, a PEFT adapter folder is expected ({error.__class__.__name__})"
+        ) from None
     if lora is not None:
-        found = {"r": settings.get("r"), "target_modules": sorted(settings.get("target_modules") or [])}
+        found = {
+            "r": settings.get("r"),
+            "target_modules": sorted(settings.get("target_modules") or []),
+        }
         for key, value in {"r": lora.r, "target_modules": sorted(lora.target_modules)}.items():
             if found[key] != value:
                 raise UserError(f"{where}: {key} is {found[key]!r}, lora.{key} is {value!r}")
@@ -244,6 +287,10 @@ def check_adapter_base(said: str, here: str, where: Path) -> None:
         return
     if os.path.isabs(said) and not os.path.isdir(said):
         return
-    if os.path.isdir(said) and os.path.isdir(here) and model_fingerprint(said) == model_fingerprint(here):
+    if (
+        os.path.isdir(said)
+        and os.path.isdir(here)
+        and model_fingerprint(said) == model_fingerprint(here)
+    ):
         return
     raise UserError(f"{where}: an adapter of {said}, the base here is {here}")

@@ -41,25 +41,38 @@ class TreeDecoder(nn.Module):
         """The Hugging Face model within; not registered a second time, so that parameters keep one name."""
         from transformers import PreTrainedModel
 
-        return next(module for module in self.model.modules() if isinstance(module, PreTrainedModel))
+        return next(
+            module for module in self.model.modules() if isinstance(module, PreTrainedModel)
+        )
 
     def hidden(self, batch: TokenBatch) -> Tensor:
         """[R * T, D]: the decoder's last hidden states, at flat positions."""
         states = self._model.get_decoder()(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **self._attention(batch)
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            **self._attention(batch),
         ).last_hidden_state
         return states.flatten(0, 1)
 
     def _attention(self, batch: TokenBatch) -> dict[str, Any]:
         """The mask as the model's attention takes it; one for each kind of layer where windows differ and matter."""
         if self._model.get_decoder().config._attn_implementation == attention.NAME:
-            nothing = torch.zeros(1, 1, 1, 1, device=batch.input_ids.device)  # keeps transformers from making a mask
+            nothing = torch.zeros(
+                1, 1, 1, 1, device=batch.input_ids.device
+            )  # keeps transformers from making a mask
             return {"attention_mask": nothing, "tree": attention.Tree(batch)}
         length = batch.input_ids.shape[1]
-        windows = {kind: w if w is not None and w < length else None for kind, w in self._windows.items()}
+        windows = {
+            kind: w if w is not None and w < length else None for kind, w in self._windows.items()
+        }
         masks = {window: self._mask(batch, window) for window in set(windows.values())}
         same = len(masks) == 1
-        return {"attention_mask": masks.popitem()[1] if same else {kind: masks[window] for kind, window in windows.items()}}
+        return {
+            "attention_mask": masks.popitem()[1]
+            if same
+            else {kind: masks[window] for kind, window in windows.items()}
+        }
 
     def _mask(self, batch: TokenBatch, window: int | None) -> Any:
         kind = self._model.get_decoder().config._attn_implementation
@@ -69,7 +82,9 @@ class TreeDecoder(nn.Module):
             return attention.block_mask(batch, window)
         if kind == "sdpa":
             return batch.mask(window)
-        raise UserError(f"model.attention is {kind}, which takes no tree of responses: use auto, sdpa, eager or flex_attention")
+        raise UserError(
+            f"model.attention is {kind}, which takes no tree of responses: use auto, sdpa, eager or flex_attention"
+        )
 
 
 def _windows(config: Any, name: str) -> dict[str, int | None]:

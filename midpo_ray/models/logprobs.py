@@ -41,7 +41,9 @@ class ResponseLogProbs(TreeDecoder):
         config = causal.config.get_text_config()
         for key in UNKNOWN:
             if getattr(config, key, None) not in (None, 1, 1.0):
-                raise UserError(f"model {causal.name_or_path}: it scales its logits by {key}, which is not supported")
+                raise UserError(
+                    f"model {causal.name_or_path}: it scales its logits by {key}, which is not supported"
+                )
         head = causal.get_output_embeddings()
         if not isinstance(head, LogProbHead):
             if type(head) is not nn.Linear:
@@ -55,7 +57,9 @@ class ResponseLogProbs(TreeDecoder):
     def forward(self, batch: TokenBatch) -> Tensor:
         hidden = self.hidden(batch).index_select(0, batch.predict_index)  # [N, D]
         log_probabilities = self._model.get_output_embeddings()(hidden, batch.labels)
-        return log_probabilities.new_zeros(batch.responses).index_add(0, batch.owner, log_probabilities)
+        return log_probabilities.new_zeros(batch.responses).index_add(
+            0, batch.owner, log_probabilities
+        )
 
 
 class LogProbHead(nn.Linear):
@@ -69,7 +73,9 @@ class LogProbHead(nn.Linear):
     """
 
     def __init__(self, head: nn.Linear, softcap: float | None = None) -> None:
-        super().__init__(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
+        super().__init__(
+            head.in_features, head.out_features, bias=head.bias is not None, device="meta"
+        )
         self.weight, self.bias, self.softcap = head.weight, head.bias, softcap
         self.train(head.training)
 
@@ -81,7 +87,12 @@ class LogProbHead(nn.Linear):
         if not (torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)):
             return torch.cat([self._log_probabilities(*chunk) for chunk in chunks])
         if self.weight.requires_grad:
-            return torch.cat([checkpoint(self._log_probabilities, *chunk, use_reentrant=False) for chunk in chunks])
+            return torch.cat(
+                [
+                    checkpoint(self._log_probabilities, *chunk, use_reentrant=False)
+                    for chunk in chunks
+                ]
+            )
         return _FrozenHead.apply(hidden, labels, self.weight, self.bias, self.softcap, size)
 
     def _log_probabilities(self, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -101,7 +112,13 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, size: int
+        ctx: Any,
+        hidden: Tensor,
+        labels: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        softcap: float | None,
+        size: int,
     ) -> Tensor:
         result = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden)
@@ -118,7 +135,9 @@ class _FrozenHead(torch.autograd.Function):
             by_label = weight[label.squeeze(1)].float()
             if slope is not None:
                 by_label *= slope.gather(1, label)
-            gradient[at : at + size] = by_label - (expected.to(weight.dtype) @ weight).float() / total
+            gradient[at : at + size] = (
+                by_label - (expected.to(weight.dtype) @ weight).float() / total
+            )
         ctx.save_for_backward(gradient)
         return result
 

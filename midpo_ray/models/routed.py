@@ -49,7 +49,9 @@ class RoutedCausalLM(nn.Module):
         self.model, self.tokenizer = model, tokenizer
         self.router, self.base, self.hashes, self.target = router, base, hashes, target
         self.data = data or template_data({})
-        self.layers = dict(layers)  # by module path, lowest first; they are registered in the model's own tree
+        self.layers = dict(
+            layers
+        )  # by module path, lowest first; they are registered in the model's own tree
         self._context = context
         decoder = model.get_decoder()
         decoder.register_forward_pre_hook(context.begin, with_kwargs=True)
@@ -74,7 +76,11 @@ class RoutedCausalLM(nn.Module):
         return self.model.dtype
 
     def forward(
-        self, input_ids: Tensor | None = None, *, prompt_lengths: Tensor | Sequence[int] | None = None, **inputs: Any
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        prompt_lengths: Tensor | Sequence[int] | None = None,
+        **inputs: Any,
     ) -> Any:
         """The model's own forward.
 
@@ -95,10 +101,21 @@ class RoutedCausalLM(nn.Module):
 
     def generate(self, inputs: Tensor | None = None, **options: Any) -> Any:
         """``model.generate``; with scope ``last`` the decision is made at each prompt's last token and kept."""
-        tokens = next((x for x in (inputs, options.get("input_ids"), options.get("inputs_embeds")) if x is not None), None)
+        tokens = next(
+            (
+                x
+                for x in (inputs, options.get("input_ids"), options.get("inputs_embeds"))
+                if x is not None
+            ),
+            None,
+        )
         settings = options.get("generation_config") or self.generation_config
-        if self.router.scope == "last" and (options.get("prefill_chunk_size") or settings.prefill_chunk_size):
-            raise UserError("prefill_chunk_size: scope last reads the gate where the prompt is seen whole, leave it out")
+        if self.router.scope == "last" and (
+            options.get("prefill_chunk_size") or settings.prefill_chunk_size
+        ):
+            raise UserError(
+                "prefill_chunk_size: scope last reads the gate where the prompt is seen whole, leave it out"
+            )
         context = self._context
         context.prompt_width, context.decided = 1 if tokens is None else tokens.shape[1], False
         try:
@@ -114,7 +131,9 @@ class RoutedCausalLM(nn.Module):
         made = self.generate(ids, attention_mask=torch.ones_like(ids), **same)
         return str(self.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
         """Non-reentrant checkpointing whose recomputation sees the gates' anchors and records nothing. Enable it here only."""
         options = {
             **(gradient_checkpointing_kwargs or {}),
@@ -158,10 +177,15 @@ class RoutedCausalLM(nn.Module):
 
     def routing(self, prompts: Sequence[Prompt]) -> list[dict[str, float]]:
         """The decision for each prompt: the gate at its last token, mean over layers, for each expert."""
-        return [{name: float(row[name][:, -1].mean()) for name in EXPERTS} for row in self.gates(prompts)]
+        return [
+            {name: float(row[name][:, -1].mean()) for name in EXPERTS}
+            for row in self.gates(prompts)
+        ]
 
     @torch.no_grad()
-    def gates(self, prompts: Sequence[Prompt], responses: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    def gates(
+        self, prompts: Sequence[Prompt], responses: Sequence[str] | None = None
+    ) -> list[dict[str, Any]]:
         """Every layer's gates at every token, for reports.
 
         Returns:
@@ -170,7 +194,9 @@ class RoutedCausalLM(nn.Module):
         """
         texts = self.tokenization
         heads = [texts.prompt_ids(messages(prompt)) for prompt in prompts]
-        tails = [texts.response_ids(text, texts.max_length)[0] for text in responses or [""] * len(heads)]
+        tails = [
+            texts.response_ids(text, texts.max_length)[0] for text in responses or [""] * len(heads)
+        ]
         tails = tails if responses else [[] for _ in heads]
         rows: list[dict[str, Any]] = [{} for _ in heads]
         order = sorted(range(len(heads)), key=lambda i: len(heads[i]) + len(tails[i]))
@@ -181,15 +207,26 @@ class RoutedCausalLM(nn.Module):
             ids = torch.tensor(
                 [d + [0] * (length - len(d)) for d in documents], device=self.device
             )  # causal: padding is not seen
-            mask = torch.tensor([[1] * len(d) + [0] * (length - len(d)) for d in documents], device=self.device)
+            mask = torch.tensor(
+                [[1] * len(d) + [0] * (length - len(d)) for d in documents], device=self.device
+            )
             lengths = torch.tensor([len(heads[i]) for i in chosen])
-            with self._given(row_anchors((len(chosen), length), mask, self.device, lengths=lengths), record=True):
+            with self._given(
+                row_anchors((len(chosen), length), mask, self.device, lengths=lengths), record=True
+            ):
                 self.model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
             safety, helpfulness, _ = (x.float().cpu() for x in self.recorded_gates())
             for row, i in enumerate(chosen):
                 shape = (len(safety), len(documents[row]))
-                values = (x[:, row, : shape[1]] if x.dim() == 3 else x[:, row, None].expand(shape) for x in (safety, helpfulness))
-                rows[i] = {"tokens": documents[row], "prompt_tokens": len(heads[i]), **dict(zip(EXPERTS, values, strict=True))}
+                values = (
+                    x[:, row, : shape[1]] if x.dim() == 3 else x[:, row, None].expand(shape)
+                    for x in (safety, helpfulness)
+                )
+                rows[i] = {
+                    "tokens": documents[row],
+                    "prompt_tokens": len(heads[i]),
+                    **dict(zip(EXPERTS, values, strict=True)),
+                }
         return rows
 
     @cached_property
@@ -226,7 +263,9 @@ class RoutedCausalLM(nn.Module):
     @torch.no_grad()
     def load_gate_state(self, state: Mapping[str, Tensor], where: str = "gate state") -> None:
         own = self.gate_state()
-        wrong = sorted(own.keys() ^ state.keys()) or [k for k in own if own[k].shape != state[k].shape]
+        wrong = sorted(own.keys() ^ state.keys()) or [
+            k for k in own if own[k].shape != state[k].shape
+        ]
         if wrong:
             raise UserError(
                 f"{where}: tensor {wrong[0]} does not fit a {self.router.gate} gate of this model, {len(own)} tensors"
@@ -250,4 +289,6 @@ def messages(prompt: Prompt) -> tuple[tuple[str, str], ...]:
     """A text, chat messages or (role, content) pairs as (role, content) pairs."""
     if isinstance(prompt, str):
         return (("user", prompt),)
-    return tuple((m["role"], m["content"]) if isinstance(m, Mapping) else (m[0], m[1]) for m in prompt)
+    return tuple(
+        (m["role"], m["content"]) if isinstance(m, Mapping) else (m[0], m[1]) for m in prompt
+    )

@@ -47,14 +47,20 @@ def row_anchors(
         lengths: [R], real tokens of each row's prompt.
     """
     rows, tokens = shape
-    real = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask.to(device=device).bool()
+    real = (
+        torch.ones(shape, dtype=torch.bool, device=device)
+        if mask is None
+        else mask.to(device=device).bool()
+    )
     if lengths is None:
         position = torch.arange(tokens, device=device)
         column = (real[:, :width] * position[:width]).amax(-1)
     else:
         reached = (real.cumsum(-1) == torch.as_tensor(lengths, device=device).view(rows, 1)) & real
         if not bool(reached.any(-1).all()):
-            raise ValueError("prompt_lengths: a row has fewer real tokens than its prompt, or its prompt has none")
+            raise ValueError(
+                "prompt_lengths: a row has fewer real tokens than its prompt, or its prompt has none"
+            )
         column = reached.long().argmax(-1)
     return Anchors(torch.arange(rows, device=device) * tokens + column, None, real, real.sum(-1))
 
@@ -73,7 +79,9 @@ class Pass:
     held: dict[int, Tensor] | None  # layer -> [R, 2], the gates decided at prefill
     forced: tuple[float, float] | None
     record: bool
-    gates: dict[int, Tensor] = field(default_factory=dict)  # layer -> [G, 2] (last) or [R, T, 2] (token)
+    gates: dict[int, Tensor] = field(
+        default_factory=dict
+    )  # layer -> [G, 2] (last) or [R, T, 2] (token)
 
     def decide(self, layer: int, gate: nn.Module, h: Tensor, keep: bool) -> Tensor:
         """The gates of ``h`` [R, T, F], float32, broadcastable to [R, T, 2]."""
@@ -84,7 +92,9 @@ class Pass:
         if self.held is not None and self.forced is None:
             return self.held[layer].unsqueeze(1)
         if self.forced is not None:
-            decisions = self._constant(h, len(h) if self.anchors is None else len(self.anchors.places))
+            decisions = self._constant(
+                h, len(h) if self.anchors is None else len(self.anchors.places)
+            )
         else:
             assert self.anchors is not None
             decisions = gate_of(gate(h.flatten(0, 1)[self.anchors.places]))
@@ -131,7 +141,13 @@ class Routing:
                     f"the input is {rows} x {length} tokens, the anchors given are for {tuple(anchors.real.shape)}"
                 )
         elif self.record or self.scope == "last":
-            anchors, held = self._place(rows, length, tokens.device, kwargs.get("attention_mask"), kwargs.get("past_key_values"))
+            anchors, held = self._place(
+                rows,
+                length,
+                tokens.device,
+                kwargs.get("attention_mask"),
+                kwargs.get("past_key_values"),
+            )
         self.current = Pass(self.scope, anchors, held, self.forced, self.record)
 
     def _place(
@@ -143,18 +159,26 @@ class Routing:
         held = vars(cache).get("routing_gates") if past else None
         if held and self.scope == "last" and (length == 1 or (generating and self.decided)):
             if len(held[0]) != rows:
-                raise RuntimeError(f"the cache holds the gates of {len(held[0])} rows, the input has {rows}: prefill these rows")
+                raise RuntimeError(
+                    f"the cache holds the gates of {len(held[0])} rows, the input has {rows}: prefill these rows"
+                )
             return None, held
         if isinstance(mask, Tensor) and mask.dim() == 2:
             mask = mask[:, -length:]  # the new tokens' part
         elif mask is None or generating or self.scope == "token":
             mask = None  # generate's own 4D mask: its padding is on the left, so the last column is the prompt's last token
         else:
-            raise RuntimeError("scope last and a mask that is not [rows, tokens]: give the anchors by RoutedCausalLM.anchored")
+            raise RuntimeError(
+                "scope last and a mask that is not [rows, tokens]: give the anchors by RoutedCausalLM.anchored"
+            )
         self.decided = True
-        return row_anchors((rows, length), mask, device, width=None if past else self.prompt_width), None
+        return row_anchors(
+            (rows, length), mask, device, width=None if past else self.prompt_width
+        ), None
 
-    def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def end(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         done, self.current = self.current, None
         if output is None or done is None:  # the pass failed
             return
@@ -203,7 +227,11 @@ class PairGate(nn.Module):
         self.experts = nn.ModuleList()
         for _ in range(2):
             if kind == "bottleneck":
-                layers: list[nn.Module] = [nn.Linear(d_ff, width), nn.Linear(width, d_ff), nn.Linear(d_ff, 1)]
+                layers: list[nn.Module] = [
+                    nn.Linear(d_ff, width),
+                    nn.Linear(width, d_ff),
+                    nn.Linear(d_ff, 1),
+                ]
             else:
                 layers = [nn.Linear(d_ff, width), nn.SiLU(), nn.Linear(width, 1)]
             for parameter in layers[-1].parameters():
@@ -234,7 +262,10 @@ def fold_gate(gate: nn.Module) -> LinearGate:
                 offset = offset + row @ layer.bias.detach().cpu().double()
                 row = row @ layer.weight.detach().cpu().double()
             rows.append((row, offset))
-        weight, bias = torch.cat([row for row, _ in rows]), torch.cat([offset for _, offset in rows])
+        weight, bias = (
+            torch.cat([row for row, _ in rows]),
+            torch.cat([offset for _, offset in rows]),
+        )
     folded = LinearGate(weight.shape[1])
     with torch.no_grad():
         folded.weight.copy_(weight)
@@ -260,16 +291,25 @@ class RoutedLinear(nn.Module):
     fused: Tensor | None
 
     def __init__(
-        self, base: nn.Linear, experts: list[tuple[Tensor, Tensor, float]], gate: nn.Module, routing: Routing, layer: int
+        self,
+        base: nn.Linear,
+        experts: list[tuple[Tensor, Tensor, float]],
+        gate: nn.Module,
+        routing: Routing,
+        layer: int,
     ) -> None:
         super().__init__()
         self.base, self.gate, self.routing, self.layer = base, gate, routing, layer
         rank = max(len(a) for a, _, _ in experts)
         low = torch.cat([F.pad(a.float(), (0, 0, 0, rank - len(a))) for a, _, _ in experts])
-        high = torch.cat([F.pad(b.float() * scale, (0, rank - len(a))) for a, b, scale in experts], dim=1)
+        high = torch.cat(
+            [F.pad(b.float() * scale, (0, rank - len(a))) for a, b, scale in experts], dim=1
+        )
         self.register_buffer("low", low.to(base.weight), persistent=False)
         self.register_buffer("high", high.to(base.weight), persistent=False)
-        self.register_buffer("fused", None, persistent=False)  # [2r + 2, F]: A with the folded gate's rows, scope token
+        self.register_buffer(
+            "fused", None, persistent=False
+        )  # [2r + 2, F]: A with the folded gate's rows, scope token
         self.gate.to(base.weight.device, base.weight.dtype)
 
     def forward(self, h: Tensor) -> Tensor:
@@ -298,5 +338,7 @@ class RoutedLinear(nn.Module):
         if isinstance(self.gate, PairGate) and self.gate.kind == "mlp":
             return
         self.gate = fold_gate(self.gate).to(self.low.device, self.low.dtype)
-        if self.routing.scope == "token":  # scope last decides once a prompt: there the rows would cost more than they save
+        if (
+            self.routing.scope == "token"
+        ):  # scope last decides once a prompt: there the rows would cost more than they save
             self.fused = torch.cat([self.low, self.gate.weight])

@@ -45,7 +45,11 @@ class ResponseScores(TreeDecoder):
 
     def forward(self, batch: TokenBatch) -> Tensor:
         length = batch.input_ids.shape[1]
-        ends = [s.row * length + s.own.stop - 1 for s in batch.segments if s.prompt.stop > s.prompt.start]
+        ends = [
+            s.row * length + s.own.stop - 1
+            for s in batch.segments
+            if s.prompt.stop > s.prompt.start
+        ]
         last = torch.tensor(ends, device=batch.input_ids.device)
         return self._model.score(self.hidden(batch).index_select(0, last)).squeeze(-1)
 
@@ -59,7 +63,9 @@ def build_score_model(config: Config, device: torch.device | str | None = None) 
     section, seed = config.reward_model, config.seed_of_training
     model: Any = load_classifier(config.model, device)
     if type(dict(model.named_children()).get("score")) is not nn.Linear:
-        raise UserError(f"model {config.model.path}: {type(model).__name__} has no Linear named score to read a score from")
+        raise UserError(
+            f"model {config.model.path}: {type(model).__name__} has no Linear named score to read a score from"
+        )
     text = model.config.get_text_config()
     model.score = head = ScoreHead(text.hidden_size, model.dtype, model.device)
     if section.train == "full":
@@ -92,12 +98,16 @@ def scoring_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """The model's tokenizer, whose chat template is the conversation's format, whose ``model_max_length`` is the recipe's."""
     tokenizer, template = load_tokenizer(config.model), config.data.template
     if template == "chat" and not tokenizer.chat_template:
-        raise UserError(f"data.template is chat, and the tokenizer of {config.model.path} has no chat template: use paper")
+        raise UserError(
+            f"data.template is chat, and the tokenizer of {config.model.path} has no chat template: use paper"
+        )
     if template == "paper" or (template == "auto" and not tokenizer.chat_template):
         tokenizer.chat_template = _template(tokenizer, PAPER_BEGIN, PAPER_TURN)
     elif template not in ("auto", "chat"):
         if "{prompt}" not in template:
-            raise UserError(f"data.template is {template!r}, allowed are auto, chat, paper, or a text that holds {{prompt}}")
+            raise UserError(
+                f"data.template is {template!r}, allowed are auto, chat, paper, or a text that holds {{prompt}}"
+            )
         tokenizer.chat_template = _template(tokenizer, "", template)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -122,7 +132,9 @@ def _template(tokenizer: PreTrainedTokenizerBase, begin: str, turn: str) -> str:
 
 
 def score_documents(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    responses: Sequence[Sequence[str]],
 ) -> list[Document | None]:
     """A prompt's two conversations as one document: what their ids share is its prefix. None where no difference is left.
 
@@ -130,7 +142,9 @@ def score_documents(
     """
     made: list[list[list[int]]] = []
     for number in (0, 1):
-        many = encode_chats(tokenizer, prompts, [r[number] for r in responses], tokenizer.model_max_length)
+        many = encode_chats(
+            tokenizer, prompts, [r[number] for r in responses], tokenizer.model_max_length
+        )
         for ids in many:
             while len(ids) > 1 and ids[-1] == tokenizer.pad_token_id:
                 ids.pop()
@@ -141,4 +155,8 @@ def score_documents(
 def _branched(first: list[int], second: list[int]) -> Document | None:
     most = min(len(first), len(second)) - 1
     shared = next((i for i in range(most) if first[i] != second[i]), most)
-    return Document(first[:shared], [first[shared:], second[shared:]]) if shared and first != second else None
+    return (
+        Document(first[:shared], [first[shared:], second[shared:]])
+        if shared and first != second
+        else None
+    )

@@ -38,7 +38,9 @@ class Node:
 
     def holds(self, bundle: Mapping[str, float], selector: Mapping[str, str]) -> bool:
         labelled = all(self.labels.get(k) == v for k, v in selector.items())
-        return labelled and all(self.resources.get(k, 0.0) >= v - 1e-9 for k, v in bundle.items() if v > 0)
+        return labelled and all(
+            self.resources.get(k, 0.0) >= v - 1e-9 for k, v in bundle.items() if v > 0
+        )
 
 
 def bundle(group: Group) -> dict[str, float]:
@@ -65,14 +67,21 @@ def hold(groups: Sequence[Group], nodes: Sequence[Node]) -> Group | None:
     """
     free = [Node(dict(n.resources), n.labels) for n in nodes]
     for group in sorted(
-        groups, key=lambda g: (-len(g.label_selector) - len(g.resources), -g.gpus_per_worker, -g.cpus_per_worker)
+        groups,
+        key=lambda g: (
+            -len(g.label_selector) - len(g.resources),
+            -g.gpus_per_worker,
+            -g.cpus_per_worker,
+        ),
     ):
         need = bundle(group)
         for _ in range(group.min_workers):
             fitting = [n for n in free if n.holds(need, group.label_selector)]
             if not fitting:
                 return group
-            node = min(fitting, key=lambda n: (n.resources.get("GPU", 0.0), n.resources.get("CPU", 0.0)))
+            node = min(
+                fitting, key=lambda n: (n.resources.get("GPU", 0.0), n.resources.get("CPU", 0.0))
+            )
             for name, amount in need.items():
                 node.resources[name] = node.resources.get(name, 0.0) - amount
     return None
@@ -83,7 +92,11 @@ def missing(stage: str, group: Group, nodes: Sequence[Node]) -> str:
     need = ", ".join(f"{v:g} {k}" for k, v in bundle(group).items() if v > 0)
     where = f" on nodes labelled {group.label_selector}" if group.label_selector else ""
     have = "; ".join(
-        ", ".join(f"{n.resources.get(k, 0):g} {k}" for k in bundle(group) if n.resources.get(k, 0) or k == "CPU")
+        ", ".join(
+            f"{n.resources.get(k, 0):g} {k}"
+            for k in bundle(group)
+            if n.resources.get(k, 0) or k == "CPU"
+        )
         + (f" {n.labels}" if n.labels and group.label_selector else "")
         for n in nodes
     )
@@ -97,7 +110,10 @@ def nodes() -> list[Node]:
 
     shown = ("ray.io/",)  # Ray's own labels say nothing to a user
     return [
-        Node(dict(n["Resources"]), {k: v for k, v in n.get("Labels", {}).items() if not k.startswith(shown)})
+        Node(
+            dict(n["Resources"]),
+            {k: v for k, v in n.get("Labels", {}).items() if not k.startswith(shown)},
+        )
         for n in ray.nodes()
         if n["Alive"]
     ]
@@ -113,7 +129,11 @@ def connect(address: str | None) -> Any:
 
     if ray.is_initialized():  # a caller's own cluster
         return None
-    environment = {k: os.environ[k] for k in (*WORKER_ENVIRONMENT, "HF_HUB_OFFLINE", "HF_HOME") if k in os.environ}
+    environment = {
+        k: os.environ[k]
+        for k in (*WORKER_ENVIRONMENT, "HF_HUB_OFFLINE", "HF_HOME")
+        if k in os.environ
+    }
     options: dict[str, Any] = {
         "runtime_env": {"env_vars": environment},
         "log_to_driver": False,
@@ -125,7 +145,9 @@ def connect(address: str | None) -> Any:
             return ray.init(address="local", include_dashboard=False, **options)
         return ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise UserError(f"--address {address}: no Ray cluster answers there ({str(error).splitlines()[0]})") from None
+        raise UserError(
+            f"--address {address}: no Ray cluster answers there ({str(error).splitlines()[0]})"
+        ) from None
 
 
 def _keep_private() -> None:
@@ -148,7 +170,9 @@ def disconnect() -> None:
     ray.shutdown()
 
 
-def wait_for(stages: Sequence[tuple[str, Group]], timeout: float, say: Callable[[str], None]) -> None:
+def wait_for(
+    stages: Sequence[tuple[str, Group]], timeout: float, say: Callable[[str], None]
+) -> None:
     """Return when the cluster can hold each stage's group by itself; after ``timeout`` seconds an error names what is missing."""
     deadline = time.monotonic() + timeout
     told = False
@@ -188,7 +212,12 @@ class Patience:
         clock: seconds that never go back.
     """
 
-    def __init__(self, timeout: float, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        timeout: float,
+        say: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.limit, self.say, self.clock = max(timeout, RETURN), say, clock
         self.since: dict[str, float] = {}
 
@@ -203,5 +232,7 @@ class Patience:
             self.say(f"a node is gone, waiting up to {self.limit:g} s: {line}")
         waited = self.clock() - self.since[stage]
         return (
-            UserError(f"{line} (waited {waited:.0f} s); the same command goes on when they are") if waited >= self.limit else None
+            UserError(f"{line} (waited {waited:.0f} s); the same command goes on when they are")
+            if waited >= self.limit
+            else None
         )

@@ -11,7 +11,15 @@ from typing import Any
 
 from ..storage import Storage
 
-SHOWN = ("loss", "accuracy", "reward_margin", "delta_chosen", "delta_rejected", "safety_gate", "helpfulness_gate")
+SHOWN = (
+    "loss",
+    "accuracy",
+    "reward_margin",
+    "delta_chosen",
+    "delta_rejected",
+    "safety_gate",
+    "helpfulness_gate",
+)
 EVERY = 15.0  # seconds between plain lines
 REDRAW = 2.0  # seconds between looks at the metrics' files on a terminal
 
@@ -34,7 +42,12 @@ class Live:
             self.next = 0.0
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self.screen is not None:
             self.screen.stop()
         else:
@@ -69,7 +82,9 @@ class Live:
             row = self.newest(stage)
             if row and row["step"] != self.told.get(stage):
                 self.told[stage] = row["step"]
-                shown = ", ".join(f"{k} {row[k]:.3f}" for k in SHOWN if isinstance(row.get(k), float))
+                shown = ", ".join(
+                    f"{k} {row[k]:.3f}" for k in SHOWN if isinstance(row.get(k), float)
+                )
                 self.say(f"{stage}: step {row['step']}, {shown}")
 
     def _table(self) -> Any:
@@ -83,5 +98,8 @@ class Live:
         table.add_row("step", *(str(r["step"]) if r else "starting" for r in rows.values()))
         for name in SHOWN:
             if any(name in r for r in rows.values()):
-                table.add_row(name.replace("_", " "), *(f"{r[name]:.3f}" if name in r else "" for r in rows.values()))
+                table.add_row(
+                    name.replace("_", " "),
+                    *(f"{r[name]:.3f}" if name in r else "" for r in rows.values()),
+                )
         return table

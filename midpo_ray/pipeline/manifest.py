@@ -30,7 +30,9 @@ class Manifest:
                 self.content = json.loads(run.read(MANIFEST))
                 self.content["stages"]
             except (ValueError, KeyError, TypeError):
-                raise UserError(f"{run.path(MANIFEST)}: not a run's manifest; name another run directory") from None
+                raise UserError(
+                    f"{run.path(MANIFEST)}: not a run's manifest; name another run directory"
+                ) from None
 
     def claim(self, config: Config) -> None:
         """Take the directory for this recipe, and write the resolved configuration; another recipe's is refused."""
@@ -42,14 +44,18 @@ class Manifest:
     def refuse_other(self, config: Config) -> None:
         owner = self.content["recipe"]
         if owner not in (None, config.name):
-            raise UserError(f"{self.run.uri}: holds a run of recipe {owner!r}, not {config.name!r}; name another --run-dir")
+            raise UserError(
+                f"{self.run.uri}: holds a run of recipe {owner!r}, not {config.name!r}; name another --run-dir"
+            )
 
     def why(self, stage: str, parts: Mapping[str, str]) -> str | None:
         """Why the stage must run, or None where it is done."""
         known = self.content["stages"].get(stage)
         if known is None:
             return "not done yet"
-        changed = sorted(k for k in {*parts, *known["parts"]} if parts.get(k) != known["parts"].get(k))
+        changed = sorted(
+            k for k in {*parts, *known["parts"]} if parts.get(k) != known["parts"].get(k)
+        )
         if changed:
             return f"changed: {', '.join(changed)}"
         for name, sha in known["files"].items():
@@ -61,9 +67,17 @@ class Manifest:
 
     def commit(self, stage: str, parts: Mapping[str, str], folder: str, seconds: float) -> None:
         """Record a finished stage with the hashes of all files in its folder."""
-        files = {name: self.run.sha256(name) for name in (f"{folder}/{f}" for f in (self.run / folder).files())}
+        files = {
+            name: self.run.sha256(name)
+            for name in (f"{folder}/{f}" for f in (self.run / folder).files())
+        }
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        self.content["stages"][stage] = {"parts": dict(parts), "files": files, "finished": stamp, "seconds": round(seconds, 2)}
+        self.content["stages"][stage] = {
+            "parts": dict(parts),
+            "files": files,
+            "finished": stamp,
+            "seconds": round(seconds, 2),
+        }
         self._write()
 
     def _write(self) -> None:

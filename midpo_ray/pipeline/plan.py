@@ -50,8 +50,15 @@ def plan(config: Config, manifest: Manifest, until: str | None = None) -> list[S
         stages = stages[: stages.index(until) + 1]
     steps: list[Step] = []
     for s in stages:  # a router's parts name its experts by what they were made of: made again they may differ in a bit
-        again = next((t.stage for t in steps if t.reason and t.stage in EXPERTS and t.stage in parts[s]), None)
-        steps.append(Step(s, parts[s], manifest.why(s, parts[s]) or (f"{again} runs again" if again else None)))
+        again = next(
+            (t.stage for t in steps if t.reason and t.stage in EXPERTS and t.stage in parts[s]),
+            None,
+        )
+        steps.append(
+            Step(
+                s, parts[s], manifest.why(s, parts[s]) or (f"{again} runs again" if again else None)
+            )
+        )
     return steps
 
 
@@ -61,7 +68,11 @@ def fingerprints(config: Config) -> dict[str, dict[str, str]]:
     scorers = {s: scorer_id(getattr(config.scores, s)) for s in ("reward", "cost")}
     parts = {"score": {**tokens, **scorers}}
     seed = str(config.seed_of_training)
-    training = {"lora": digest(config.lora), "deepspeed": digest(config.deepspeed), "seed of training": seed}
+    training = {
+        "lora": digest(config.lora),
+        "deepspeed": digest(config.deepspeed),
+        "seed of training": seed,
+    }
     scored_rule = config.router.rule in ("pareto", "ranked")
     parts["dual"] = {**tokens, **(scorers if scored_rule else {}), "rule": config.router.rule}
     for expert in EXPERTS:
@@ -73,7 +84,11 @@ def fingerprints(config: Config) -> dict[str, dict[str, str]]:
             **tokens,
             **training,
             **({used: scorers[used]} if used else {}),
-            **({} if pairs == "own" else {"pairs": digest(parts["dual"]) if pairs == "dual" else pairs}),
+            **(
+                {}
+                if pairs == "own"
+                else {"pairs": digest(parts["dual"]) if pairs == "dual" else pairs}
+            ),
             "objective": digest(objective),
             "optim": digest(config.optim(expert)),
         }
@@ -83,7 +98,10 @@ def fingerprints(config: Config) -> dict[str, dict[str, str]]:
         "router": digest(config.router.model_dump(exclude={"group"})),
     }
     if config.evaluate:
-        parts["evaluation"] = {"router": digest(parts["router"]), "evaluate": digest(config.evaluate)}
+        parts["evaluation"] = {
+            "router": digest(parts["router"]),
+            "evaluate": digest(config.evaluate),
+        }
     return parts
 
 
@@ -92,7 +110,10 @@ def inputs(config: Config) -> dict[str, str]:
     return {
         "version": __version__,
         "seed": str(config.seed),
-        "data": digest([(content_id(s.path), s) for s in config.data.sets], config.data.model_dump(exclude={"sets"})),
+        "data": digest(
+            [(content_id(s.path), s) for s in config.data.sets],
+            config.data.model_dump(exclude={"sets"}),
+        ),
         "model": digest(content_id(config.model.path), config.model),
     }
 
@@ -109,7 +130,13 @@ def content_id(path: str) -> str:
     if local.is_dir() and (local / "config.json").exists():
         return model_fingerprint(path)
     if local.is_dir():
-        return digest([(str(f.relative_to(local)), _sha256(f)) for f in sorted(local.rglob("*")) if f.is_file()])
+        return digest(
+            [
+                (str(f.relative_to(local)), _sha256(f))
+                for f in sorted(local.rglob("*"))
+                if f.is_file()
+            ]
+        )
     if local.is_file():
         return _sha256(local)
     return path

@@ -21,7 +21,9 @@ class Prepared:
     """Tokenised pairs, and the fingerprint under which each signal is cached."""
 
     pairs: list[Pair]
-    documents: list[tuple[list[int], list[list[int]]]]  # (prompt's ids, each response's ids), one a pair
+    documents: list[
+        tuple[list[int], list[list[int]]]
+    ]  # (prompt's ids, each response's ids), one a pair
     null_ids: list[int]
     fingerprints: dict[str, str]
     summary: dict[str, Any]
@@ -38,13 +40,17 @@ def resolve(config: Config, cache: Storage, say: Say) -> Config:
         raise UserError(f"{unknown.pop()}: no such built-in; there is {BUILTIN}miniature")
     built = build_miniature(config, cache, say)
     sets = [
-        s.model_copy(update={"path": str(built.pairs), "rows": None}) if s.path.startswith(BUILTIN) else s
+        s.model_copy(update={"path": str(built.pairs), "rows": None})
+        if s.path.startswith(BUILTIN)
+        else s
         for s in config.data.sets
     ]
     model = config.model
     if model.path.startswith(BUILTIN):
         model = model.model_copy(update={"path": str(built.base)})
-    return config.model_copy(update={"model": model, "data": config.data.model_copy(update={"sets": tuple(sets)})})
+    return config.model_copy(
+        update={"model": model, "data": config.data.model_copy(update={"sets": tuple(sets)})}
+    )
 
 
 def build_miniature(config: Config, cache: Storage, say: Say) -> Any:
@@ -52,12 +58,16 @@ def build_miniature(config: Config, cache: Storage, say: Say) -> Any:
     from ..miniature.base import build
 
     if cache.local is None:
-        raise UserError(f"{BUILTIN}miniature needs a local or shared cache, {cache.uri} is remote: set cache=DIR")
+        raise UserError(
+            f"{BUILTIN}miniature needs a local or shared cache, {cache.uri} is remote: set cache=DIR"
+        )
     rows = next((s.rows for s in config.data.sets if s.path.startswith(BUILTIN) and s.rows), 2000)
 
     def progress(step: int, steps: int, loss: float) -> None:
         if step in (1, steps) or step % 100 == 0:
-            say(f"miniature: training its base model, step {step} of {steps}, loss {loss:.3f} nats a token")
+            say(
+                f"miniature: training its base model, step {step} of {steps}, loss {loss:.3f} nats a token"
+            )
 
     return build(cache.local / "miniature", seed=config.seed, rows=rows, progress=progress)
 
@@ -85,9 +95,17 @@ def read_and_tokenise(config: Config, say: Say) -> Prepared:
     documents = tokenization.documents(pairs)
     kept = [(p, d) for p, d in zip(pairs, documents, strict=True) if d is not None]
     if not kept:
-        raise UserError(f"{config.data.sets[0].path}: no row is left after tokenising ({dict(tokenization.counts)})")
+        raise UserError(
+            f"{config.data.sets[0].path}: no row is left after tokenising ({dict(tokenization.counts)})"
+        )
     left_out = {**report.dropped, **tokenization.counts}
-    summary = {"rows": report.rows, "kept": report.kept, "counts": left_out, "conflicts": report.conflicts, "pairs": len(kept)}
+    summary = {
+        "rows": report.rows,
+        "kept": report.kept,
+        "counts": left_out,
+        "conflicts": report.conflicts,
+        "pairs": len(kept),
+    }
     say(f"data: {len(kept)} pairs" + "".join(f", {v} {k}" for k, v in left_out.items() if v))
     base = model_fingerprint(config.model.path, config.model.revision)
     fingerprints = {LOGP: digest(base, config.model.dtype, tokenization.fingerprint)}
@@ -95,4 +113,6 @@ def read_and_tokenise(config: Config, say: Say) -> Prepared:
         scorer = getattr(config.scores, signal)
         if scorer and not scorer.column:
             fingerprints[signal] = scorer_id(scorer)
-    return Prepared([p for p, _ in kept], [d for _, d in kept], tokenization.null_ids, fingerprints, summary)
+    return Prepared(
+        [p for p, _ in kept], [d for _, d in kept], tokenization.null_ids, fingerprints, summary
+    )

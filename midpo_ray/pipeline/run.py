@@ -85,7 +85,9 @@ def run(
 class _Job:
     """One run's work in order. Each stage's own code is elsewhere; here is when it runs and how it is recorded."""
 
-    def __init__(self, config: Config, run: Storage, manifest: Manifest, todo: dict[str, Step], say: Say) -> None:
+    def __init__(
+        self, config: Config, run: Storage, manifest: Manifest, todo: dict[str, Step], say: Say
+    ) -> None:
         self.config, self.run, self.manifest, self.todo, self.say = config, run, manifest, todo, say
         self.cache = cache_folder(config, run)
 
@@ -103,15 +105,24 @@ class _Job:
         self.prepared = read_and_tokenise(self.resolved, self.say) if "score" in self.todo else None
         if self.prepared:
             for stage in [s for s in (*EXPERTS, "router") if s in self.todo]:
-                if (view := view_of(self.config, stage)) not in ("ranked", "pareto"):  # which need scores
+                if (view := view_of(self.config, stage)) not in (
+                    "ranked",
+                    "pareto",
+                ):  # which need scores
                     require(*select(self.prepared.pairs, view), stage)
 
     def check_cluster(self) -> None:
         """Wait for, or refuse at once, what the cluster does not have; decide whether both experts fit together."""
         if "score" in self.todo:
-            cluster.wait_for([("score", self.config.scores.group)], self.config.cluster.resources_timeout, self.say)
+            cluster.wait_for(
+                [("score", self.config.scores.group)],
+                self.config.cluster.resources_timeout,
+                self.say,
+            )
         self.stages = [self.todo[s] for s in (*EXPERTS, "router") if s in self.todo]
-        self.together = held_together(self.config, [s.stage for s in self.stages], "experts", self.say)
+        self.together = held_together(
+            self.config, [s.stage for s in self.stages], "experts", self.say
+        )
 
     def execute(self) -> None:
         if "score" in self.todo:
@@ -130,10 +141,18 @@ class _Job:
         assert self.prepared is not None
         items = distinct_items(self.prepared.pairs, self.prepared.documents)
         scored = score(
-            self.resolved, items, self.prepared.pairs, self.prepared.fingerprints, self.prepared.null_ids, self.cache, self.say
+            self.resolved,
+            items,
+            self.prepared.pairs,
+            self.prepared.fingerprints,
+            self.prepared.null_ids,
+            self.cache,
+            self.say,
         )
         scored.save(self.run / "scored")
-        (self.run / "scored").write("summary.json", json.dumps(self.prepared.summary, indent=1).encode())
+        (self.run / "scored").write(
+            "summary.json", json.dumps(self.prepared.summary, indent=1).encode()
+        )
         self._commit("score", time.monotonic() - started)
 
     def _stage_tables(self, stages: list[str]) -> None:
@@ -143,10 +162,20 @@ class _Job:
         scored = Scored.load(self.run / "scored")
         for stage in stages:
             started = time.monotonic()
-            table, summary = stage_table(self.config, "router" if stage == "dual" else stage, scored)
-            write_table(self.run / ("dual" if stage == "dual" else f"experts/{stage}.work"), "pairs.parquet", table)
-            (self.run / "metrics").write(f"{stage}.data.json", json.dumps(summary, indent=1).encode())
-            self.say(f"{stage}: " + ", ".join(f"{k} {v}" for k, v in summary.items() if k != "dropped"))
+            table, summary = stage_table(
+                self.config, "router" if stage == "dual" else stage, scored
+            )
+            write_table(
+                self.run / ("dual" if stage == "dual" else f"experts/{stage}.work"),
+                "pairs.parquet",
+                table,
+            )
+            (self.run / "metrics").write(
+                f"{stage}.data.json", json.dumps(summary, indent=1).encode()
+            )
+            self.say(
+                f"{stage}: " + ", ".join(f"{k} {v}" for k, v in summary.items() if k != "dropped")
+            )
             if stage == "dual":
                 self._commit("dual", time.monotonic() - started)
 

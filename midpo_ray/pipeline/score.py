@@ -24,7 +24,9 @@ from ..storage import Storage
 from .signals import Scored, read_table, write_table
 
 LOGP = "logp"
-COLUMNS = {LOGP: ("reference_logp", "unconditional_logp")}  # a scorer's one column has the signal's own name
+COLUMNS = {
+    LOGP: ("reference_logp", "unconditional_logp")
+}  # a scorer's one column has the signal's own name
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,21 @@ def read_cache(folder: Storage, signal: str) -> dict[str, tuple[float, ...]]:
         if name.startswith("part-") and name.endswith(".parquet"):
             shard = read_table(folder, name)
             values = [shard.column(c).to_pylist() for c in columns(signal)]
-            known.update(zip(shard.column("key").to_pylist(), zip(*values, strict=True), strict=True))
+            known.update(
+                zip(shard.column("key").to_pylist(), zip(*values, strict=True), strict=True)
+            )
     return known
 
 
-def write_shard(folder: Storage, signal: str, keys: Sequence[str], values: Sequence[Sequence[float]]) -> None:
-    named = {c: pa.array([v[i] for v in values], pa.float64()) for i, c in enumerate(columns(signal))}
-    write_table(folder, f"part-{digest(list(keys))}.parquet", pa.table({"key": list(keys), **named}))
+def write_shard(
+    folder: Storage, signal: str, keys: Sequence[str], values: Sequence[Sequence[float]]
+) -> None:
+    named = {
+        c: pa.array([v[i] for v in values], pa.float64()) for i, c in enumerate(columns(signal))
+    }
+    write_table(
+        folder, f"part-{digest(list(keys))}.parquet", pa.table({"key": list(keys), **named})
+    )
 
 
 def score(
@@ -72,25 +82,46 @@ def score(
     ``fingerprints`` has one entry a signal: "logp", and "reward" and "cost" where they come from a model or function.
     """
     scorers = {s: getattr(config.scores, s) for s in SCORES}
-    given = {s: {i.key: _from_column(i, c.column) for i in items} for s, c in scorers.items() if c and c.column}
+    given = {
+        s: {i.key: _from_column(i, c.column) for i in items}
+        for s, c in scorers.items()
+        if c and c.column
+    }
     folders = {s: cache / f"{s}-{f}" for s, f in fingerprints.items()}
     known = {s: read_cache(folder, s) for s, folder in folders.items()}
     need = {s: {i.key for i in items} - known[s].keys() for s in folders}
     for s in folders:
-        say(f"score: {s}: {len(items) - len(need[s])} of {len(items)} responses are cached, {len(need[s])} to score")
+        say(
+            f"score: {s}: {len(items) - len(need[s])} of {len(items)} responses are cached, {len(need[s])} to score"
+        )
     for phase in _phases(config, [s for s in folders if need[s]]):
-        _run_phase(config, phase, items, {s: need[s] for s in phase}, {s: folders[s].uri for s in phase}, null_ids, say)
+        _run_phase(
+            config,
+            phase,
+            items,
+            {s: need[s] for s in phase},
+            {s: folders[s].uri for s in phase},
+            null_ids,
+            say,
+        )
         known.update({s: read_cache(folders[s], s) for s in phase})
     rows: dict[str, dict[str, Any]] = {}
     for item in items:
-        row: dict[str, Any] = {"prompt_ids": item.prompt_ids, "response_ids": item.response_ids, "reward": None, "cost": None}
+        row: dict[str, Any] = {
+            "prompt_ids": item.prompt_ids,
+            "response_ids": item.response_ids,
+            "reward": None,
+            "cost": None,
+        }
         for s, values in known.items():
             row.update(zip(columns(s), values[item.key], strict=True))
         rows[item.key] = row | {s: values[item.key] for s, values in given.items()}
     return Scored(list(pairs), rows)
 
 
-def distinct_items(pairs: Iterable[Pair], documents: Iterable[tuple[list[int], list[list[int]]]]) -> list[Item]:
+def distinct_items(
+    pairs: Iterable[Pair], documents: Iterable[tuple[list[int], list[list[int]]]]
+) -> list[Item]:
     """One item a distinct (prompt, response); ``documents`` are the pairs' tokens, in the same order."""
     found: dict[str, Item] = {}
     for pair, (prompt_ids, responses) in zip(pairs, documents, strict=True):
@@ -106,11 +137,17 @@ def _from_column(item: Item, column: str) -> float:
     try:
         value = float(item.pair.extra[name])
     except KeyError:
-        raise UserError(f"{item.pair.source}: column {name!r}, which scores name, is missing") from None
+        raise UserError(
+            f"{item.pair.source}: column {name!r}, which scores name, is missing"
+        ) from None
     except (TypeError, ValueError):
-        raise UserError(f"{item.pair.source}: column {name!r} is {item.pair.extra[name]!r}, a number is expected") from None
+        raise UserError(
+            f"{item.pair.source}: column {name!r} is {item.pair.extra[name]!r}, a number is expected"
+        ) from None
     if not math.isfinite(value):
-        raise UserError(f"{item.pair.source}: column {name!r} is {value}, a finite number is expected")
+        raise UserError(
+            f"{item.pair.source}: column {name!r} is {value}, a finite number is expected"
+        )
     return value
 
 
@@ -123,19 +160,31 @@ def _phases(config: Config, signals: list[str]) -> list[list[str]]:
     return [models[0] + functions, *models[1:]]
 
 
-def make_units(items: Sequence[Item], need: dict[str, set[str]], budget: int) -> list[list[dict[str, Any]]]:
+def make_units(
+    items: Sequence[Item], need: dict[str, set[str]], budget: int
+) -> list[list[dict[str, Any]]]:
     """Groups of one prompt's responses, longest first, cut into units of at most ``budget`` tokens (a longer group is one)."""
     groups: dict[str, dict[str, Any]] = {}
     for item in items:
         wanted = [s for s, keys in need.items() if item.key in keys]
         if wanted:
             prompt = json.dumps(item.pair.prompt)
-            group = groups.setdefault(prompt, {"prompt": item.pair.prompt, "ids": item.prompt_ids, "responses": []})
+            group = groups.setdefault(
+                prompt, {"prompt": item.pair.prompt, "ids": item.prompt_ids, "responses": []}
+            )
             text = item.pair.responses[item.number]
             group["responses"].append(
-                {"key": item.key, "text": text, "ids": item.response_ids, "need": wanted, "at": item.pair.source}
+                {
+                    "key": item.key,
+                    "text": text,
+                    "ids": item.response_ids,
+                    "need": wanted,
+                    "at": item.pair.source,
+                }
             )
-    size = {p: len(g["ids"]) + sum(len(r["ids"]) for r in g["responses"]) for p, g in groups.items()}
+    size = {
+        p: len(g["ids"]) + sum(len(r["ids"]) for r in g["responses"]) for p, g in groups.items()
+    }
     units: list[list[dict[str, Any]]] = []
     filled = budget + 1
     for prompt in sorted(groups, key=lambda p: (-size[p], p)):
@@ -159,18 +208,30 @@ def _run_phase(
     import ray
 
     on_gpu = config.scores.gpus_per_worker > 0
-    budget = (32768 if on_gpu else 2048) if config.scores.batch_tokens == "auto" else config.scores.batch_tokens
+    budget = (
+        (32768 if on_gpu else 2048)
+        if config.scores.batch_tokens == "auto"
+        else config.scores.batch_tokens
+    )
     units = make_units(items, need, budget)
     workers = _workers(config, ray.cluster_resources(), len(units))
-    a_call = max(1, min(32, len(units) // (workers * 16)))  # the last calls leave no worker idle for long
+    a_call = max(
+        1, min(32, len(units) // (workers * 16))
+    )  # the last calls leave no worker idle for long
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     calls = [json.dumps(units[start : start + a_call]) for start in range(0, len(units), a_call)]
-    done = ray.data.from_items([{"units": c} for c in calls], override_num_blocks=len(calls)).map_batches(
+    done = ray.data.from_items(
+        [{"units": c} for c in calls], override_num_blocks=len(calls)
+    ).map_batches(
         FrozenModels,
-        fn_constructor_kwargs={"config": config.model_dump(mode="json"), "folders": folders, "null_ids": null_ids},
+        fn_constructor_kwargs={
+            "config": config.model_dump(mode="json"),
+            "folders": folders,
+            "null_ids": null_ids,
+        },
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=config.scores.cpus_per_worker,
@@ -183,14 +244,18 @@ def _run_phase(
             raise UserError(str(fault))
         scored += int(batch["responses"].sum())
         if scored >= next_told:
-            say(f"score: {' and '.join(signals)}: {scored} of {total} responses on {workers} worker(s)")
+            say(
+                f"score: {' and '.join(signals)}: {scored} of {total} responses on {workers} worker(s)"
+            )
             next_told += total / 4
 
 
 def _workers(config: Config, resources: dict[str, float], units: int) -> int:
     """As many actors as there is work and room for; auto: every GPU, or up to 8 CPUs."""
     each_cpu, each_gpu = config.scores.cpus_per_worker, config.scores.gpus_per_worker
-    room = resources.get("CPU", 0) / each_cpu if not each_gpu else resources.get("GPU", 0) / each_gpu
+    room = (
+        resources.get("CPU", 0) / each_cpu if not each_gpu else resources.get("GPU", 0) / each_gpu
+    )
     if room < 1:
         raise UserError(
             f"scores: a worker needs {each_cpu:g} CPU and {each_gpu:g} GPU, the cluster has "
@@ -204,7 +269,9 @@ def _workers(config: Config, resources: dict[str, float], units: int) -> int:
 class FrozenModels:
     """The Ray Data actor: the frozen models of one phase, and the shards that they write. A user's fault comes back as text."""
 
-    def __init__(self, config: dict[str, Any], folders: dict[str, str], null_ids: list[int]) -> None:
+    def __init__(
+        self, config: dict[str, Any], folders: dict[str, str], null_ids: list[int]
+    ) -> None:
         self.config = Config.model_validate(config)
         self.folders = {s: Storage(uri) for s, uri in folders.items()}
         self.null_ids = null_ids
@@ -224,18 +291,25 @@ class FrozenModels:
             results: dict[str, list[tuple[str, tuple[float, ...]]]] = {s: [] for s in self.compute}
             for unit in json.loads(units):
                 for signal, compute in self.compute.items():
-                    groups = [{**g, "responses": [r for r in g["responses"] if signal in r["need"]]} for g in unit]
+                    groups = [
+                        {**g, "responses": [r for r in g["responses"] if signal in r["need"]]}
+                        for g in unit
+                    ]
                     groups = [g for g in groups if g["responses"]]
                     values = compute(groups) if groups else []
                     rows = [r for g in groups for r in g["responses"]]
                     for row, value in zip(rows, values, strict=True):
                         if not all(map(math.isfinite, value)):
-                            raise UserError(f"{row['at']}: {signal} of a response is {value}, a finite number is expected")
+                            raise UserError(
+                                f"{row['at']}: {signal} of a response is {value}, a finite number is expected"
+                            )
                         results[signal].append((row["key"], value))
                 scored += sum(len(g["responses"]) for g in unit)
             for signal, rows in results.items():
                 if rows:
-                    write_shard(self.folders[signal], signal, [k for k, _ in rows], [v for _, v in rows])
+                    write_shard(
+                        self.folders[signal], signal, [k for k, _ in rows], [v for _, v in rows]
+                    )
         return scored
 
     def _load(self) -> None:
@@ -264,7 +338,9 @@ class LogProbs:
         self.module = ResponseLogProbs(model).eval()
         self.device, self.null_ids = device, null_ids
         auto = 1024 if device == "cpu" else 32768  # more would leave a core's caches (ours)
-        self.pass_tokens = auto if config.scores.batch_tokens == "auto" else config.scores.batch_tokens
+        self.pass_tokens = (
+            auto if config.scores.batch_tokens == "auto" else config.scores.batch_tokens
+        )
 
     def __call__(self, groups: list[dict[str, Any]]) -> list[tuple[float, ...]]:
         import torch
@@ -279,7 +355,12 @@ class LogProbs:
             values: list[list[float]] = [[] for _ in documents]
             with torch.inference_mode():
                 for part in split_batch(range(len(documents)), lengths, 1, self.pass_tokens)[0]:
-                    made = iter(self.module(collate([documents[i] for i in part]).to(self.device)).double().cpu().tolist())
+                    made = iter(
+                        self.module(collate([documents[i] for i in part]).to(self.device))
+                        .double()
+                        .cpu()
+                        .tolist()
+                    )
                     for i in part:
                         values[i] = [next(made) for _ in responses[i]]
             sides.append([value for document in values for value in document])
@@ -294,8 +375,17 @@ class Texts:
 
         tokens = config.scores.batch_tokens
         scorer = getattr(config.scores, kind)
-        self.score = load_scorer(scorer, kind, device=device, batch_tokens=None if tokens == "auto" else tokens)
+        self.score = load_scorer(
+            scorer, kind, device=device, batch_tokens=None if tokens == "auto" else tokens
+        )
 
     def __call__(self, groups: list[dict[str, Any]]) -> list[tuple[float, ...]]:
-        prompts = [tuple((role, text) for role, text in g["prompt"]) for g in groups for _ in g["responses"]]
-        return [(float(v),) for v in self.score(prompts, [r["text"] for g in groups for r in g["responses"]])]
+        prompts = [
+            tuple((role, text) for role, text in g["prompt"])
+            for g in groups
+            for _ in g["responses"]
+        ]
+        return [
+            (float(v),)
+            for v in self.score(prompts, [r["text"] for g in groups for r in g["responses"]])
+        ]

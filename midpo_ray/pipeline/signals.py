@@ -21,7 +21,13 @@ from ..config import Config, Objective
 from ..data.schema import Pair, response_key
 from ..data.views import Choice, is_validation, require, select
 from ..errors import UserError
-from ..objectives import balance_weights, gradient_scale, homogeneous_margin, modpo_margin, pointwise_mutual_information
+from ..objectives import (
+    balance_weights,
+    gradient_scale,
+    homogeneous_margin,
+    modpo_margin,
+    pointwise_mutual_information,
+)
 from ..storage import Storage
 
 SIGNALS = ("reference_logp", "unconditional_logp", "reward", "cost")
@@ -32,7 +38,9 @@ class Scored:
     """The scored table in memory: the pairs, and each distinct response's tokens and signals by its key."""
 
     pairs: list[Pair]
-    rows: Mapping[str, dict[str, Any]]  # key -> {prompt_ids, response_ids, reference_logp, unconditional_logp, reward, cost}
+    rows: Mapping[
+        str, dict[str, Any]
+    ]  # key -> {prompt_ids, response_ids, reference_logp, unconditional_logp, reward, cost}
 
     def of(self, pair: Pair, number: int) -> dict[str, Any]:
         return self.rows[response_key(pair.prompt, pair.responses[number])]
@@ -108,7 +116,9 @@ def stage_table(config: Config, stage: str, scored: Scored) -> tuple[pa.Table, d
     pairs = [scored.pairs[index] for index, _ in choices]
     chosen = [scored.of(p, number) for p, (_, number) in zip(pairs, choices, strict=True)]
     rejected = [scored.of(p, 1 - number) for p, (_, number) in zip(pairs, choices, strict=True)]
-    objective = Objective(name="dpo") if stage == "router" else getattr(config.experts, stage).objective
+    objective = (
+        Objective(name="dpo") if stage == "router" else getattr(config.experts, stage).objective
+    )
     constants = _constants(objective, stage, scored, pairs, chosen, rejected)
     validation = [is_validation(p.prompt, config.data.validation, config.seed) for p in pairs]
     lists = pa.list_(pa.int32())
@@ -140,22 +150,30 @@ def _constants(
     constants = {"margin": 0 * ones, "weight_chosen": ones, "weight_rejected": ones, "scale": ones}
     own, other = ("cost", "reward") if stage == "safety" else ("reward", "cost")
     if objective.uses_margin:
-        constants["margin"] = objective.margin_scale * _margin(objective, own, scored, pairs, chosen, rejected)
+        constants["margin"] = objective.margin_scale * _margin(
+            objective, own, scored, pairs, chosen, rejected
+        )
     if objective.name == "modpo" and objective.modpo_weight < 1:
         sign = -1.0 if other == "cost" else 1.0
         factor, constants["margin"] = modpo_margin(
-            sign * _column(chosen, other), sign * _column(rejected, other), weight=objective.modpo_weight
+            sign * _column(chosen, other),
+            sign * _column(rejected, other),
+            weight=objective.modpo_weight,
         )
         constants["weight_chosen"] = constants["weight_rejected"] = factor * ones
     if objective.uses_information:
         per_token = objective.information == "token"
         weights = balance_weights(
-            _information(chosen, per_token), _information(rejected, per_token), temperature=objective.temperature
+            _information(chosen, per_token),
+            _information(rejected, per_token),
+            temperature=objective.temperature,
         )
         if objective.balance:
             constants["weight_chosen"], constants["weight_rejected"] = weights
         # Without the weights, gradient_norm has nothing to keep steady and is 1; imbalance still reads them.
-        scaled_by = weights if objective.balance or objective.scaling == "imbalance" else (ones, ones)
+        scaled_by = (
+            weights if objective.balance or objective.scaling == "imbalance" else (ones, ones)
+        )
         constants["scale"] = gradient_scale(*scaled_by, rule=objective.scaling)
     return constants
 
@@ -172,23 +190,31 @@ def _margin(
     if objective.margin_from == "column":
         without = next((p.source for p in pairs if p.margin is None), None)
         if without:
-            raise UserError(f"{without}: no margin, which objective.margin_from: column needs in every row")
+            raise UserError(
+                f"{without}: no margin, which objective.margin_from: column needs in every row"
+            )
         margin = torch.tensor([p.margin for p in pairs], dtype=torch.float64).clamp_min(0.0)
         deviation = margin.std()
     else:
-        margin = homogeneous_margin(_column(chosen, own), _column(rejected, own), lower_is_better=own == "cost")
+        margin = homogeneous_margin(
+            _column(chosen, own), _column(rejected, own), lower_is_better=own == "cost"
+        )
         deviation = torch.tensor([r[own] for r in scored.rows.values()], dtype=torch.float64).std()
     if objective.margin_unit == "raw":
         return margin
     if not deviation > 0:
-        raise UserError(f"objective.margin_unit is std, but all values of {own} are the same; use raw")
+        raise UserError(
+            f"objective.margin_unit is std, but all values of {own} are the same; use raw"
+        )
     return margin / deviation
 
 
 def _information(rows: Sequence[dict[str, Any]], per_token: bool) -> torch.Tensor:
     length = torch.tensor([len(r["response_ids"]) for r in rows], dtype=torch.float64)
     return pointwise_mutual_information(
-        _column(rows, "reference_logp"), _column(rows, "unconditional_logp"), length if per_token else None
+        _column(rows, "reference_logp"),
+        _column(rows, "unconditional_logp"),
+        length if per_token else None,
     )
 
 
@@ -209,7 +235,9 @@ def _summary(
     lengths = torch.tensor([len(r["response_ids"]) for r in both], dtype=torch.float64)
     information = _information(both, True)
     spread = bool(information.std() > 0 and lengths.std() > 0) if len(both) > 1 else False
-    correlation = float(torch.corrcoef(torch.stack([information, lengths]))[0, 1]) if spread else 0.0
+    correlation = (
+        float(torch.corrcoef(torch.stack([information, lengths]))[0, 1]) if spread else 0.0
+    )
     return {
         "pairs": len(choices),
         "validation pairs": sum(validation),
@@ -220,7 +248,9 @@ def _summary(
         "information in total, rejected": round(float(_information(rejected, False).mean()), 4),
         "correlation of information per token with length": round(correlation, 4),
         "mean margin": round(float(constants["margin"].mean()), 4),
-        "share of pairs without margin": round(float((constants["margin"] == 0).double().mean()), 4),
+        "share of pairs without margin": round(
+            float((constants["margin"] == 0).double().mean()), 4
+        ),
         "mean weight of chosen": round(float(constants["weight_chosen"].mean()), 4),
         "mean scale": round(float(constants["scale"].mean()), 4),
     }

@@ -19,7 +19,12 @@ from .watch import STOP, Watch, draining
 
 def stage_spec(config: Config, stage: str, run: Storage, digest: str) -> dict[str, Any]:
     """All that a stage's workers need, as plain values."""
-    return {"config": config.model_dump(mode="json"), "stage": stage, "run": run.uri, "digest": digest}
+    return {
+        "config": config.model_dump(mode="json"),
+        "stage": stage,
+        "run": run.uri,
+        "digest": digest,
+    }
 
 
 def launch(spec: dict[str, Any], after: Sequence[Any] = ()) -> Any:
@@ -55,7 +60,9 @@ def _fit_stage(spec: dict[str, Any], *after: Any) -> dict[str, Any]:
 
     group = config.group(stage)
     started = time.monotonic()
-    workers = group.workers if isinstance(group.workers, int) else (group.workers.min, group.workers.max)
+    workers = (
+        group.workers if isinstance(group.workers, int) else (group.workers.min, group.workers.max)
+    )
     outcome: dict[str, Any] = {"again": True}
     while outcome.get("again"):
         trainer = TorchTrainer(
@@ -94,7 +101,10 @@ def _all_here() -> bool:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return True
     try:
-        dist.monitored_barrier(dist.new_group(backend="gloo", timeout=timedelta(seconds=20)), timeout=timedelta(seconds=20))
+        dist.monitored_barrier(
+            dist.new_group(backend="gloo", timeout=timedelta(seconds=20)),
+            timeout=timedelta(seconds=20),
+        )
     except RuntimeError:
         return False
     return True
@@ -126,7 +136,9 @@ def _train(spec: dict[str, Any]) -> dict[str, Any]:
     watch = Watch(run, stage, rank, node, config.cluster.stall_timeout, owner, draining)
     with watch, tempfile.TemporaryDirectory() as scratch:
         model, engine, step = build(config, stage, run, device, Path(scratch))
-        checkpoints = Checkpoints(work / "checkpoints", keep=config.checkpoint.keep, digest=spec["digest"])
+        checkpoints = Checkpoints(
+            work / "checkpoints", keep=config.checkpoint.keep, digest=spec["digest"]
+        )
         metrics = _metrics(config, stage, run, spec["digest"]) if first else None
         result = fit(
             engine=engine,
@@ -159,10 +171,18 @@ def _metrics(config: Config, stage: str, run: Storage, digest: str) -> Any:
 
     events = (run / f"logs/tensorboard/{stage}").local
     name = f"{config.name}-{digest[:8]}"
-    return Metrics(run / "metrics", stage, config.logging, tensorboard=str(events) if events else None, run=name)
+    return Metrics(
+        run / "metrics",
+        stage,
+        config.logging,
+        tensorboard=str(events) if events else None,
+        run=name,
+    )
 
 
-def build(config: Config, stage: str, run: Storage, device: Any, scratch: Path) -> tuple[Any, Any, Any]:
+def build(
+    config: Config, stage: str, run: Storage, device: Any, scratch: Path
+) -> tuple[Any, Any, Any]:
     """(model, DeepSpeed engine around it, training step), untrained; every rank of a process group calls it."""
     import torch.distributed as dist
 
@@ -171,10 +191,16 @@ def build(config: Config, stage: str, run: Storage, device: Any, scratch: Path) 
     from ..training import engine as engines
 
     optim = config.optim(stage)
-    settings = engines.deepspeed_settings(config.deepspeed, optim, config.model.dtype, dist.get_world_size())
+    settings = engines.deepspeed_settings(
+        config.deepspeed, optim, config.model.dtype, dist.get_world_size()
+    )
     keep = engines.prepare(settings, on_gpu=device.type == "cuda")
     model = build_model(config, stage, run, device, scratch)
-    module = ResponseScores(model) if stage in SCORES else ResponseLogProbs(model.model if stage == "router" else model)
+    module = (
+        ResponseScores(model)
+        if stage in SCORES
+        else ResponseLogProbs(model.model if stage == "router" else model)
+    )
     engine = engines.deepspeed(module, optim, settings, device)
     del keep
     return model, engine, make_step(config, stage, engine, model)
@@ -208,13 +234,17 @@ def build_model(config: Config, stage: str, run: Storage, device: Any, scratch: 
             tokenizer=load_tokenizer(config.model), data=config.data, base=config.model, seed=config.seed_of_training,
         )  # fmt: skip
     else:
-        model = add_lora(load_base(config.model, device=device), config.lora, seed=config.seed_of_training)
+        model = add_lora(
+            load_base(config.model, device=device), config.lora, seed=config.seed_of_training
+        )
     if config.optim(stage).gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 
-def save(config: Config, stage: str, model: Any, state: dict[str, Any], run: Storage, scratch: Path) -> None:
+def save(
+    config: Config, stage: str, model: Any, state: dict[str, Any], run: Storage, scratch: Path
+) -> None:
     """Write the stage's result whole under its final name: a plain PEFT adapter, the router, or a classifier."""
     from ..models.assembly import save_router
     from ..models.score_model import save_score_model
@@ -238,7 +268,9 @@ def evaluate(config: Config, run: Storage, base: Path, prompts: Path) -> dict[st
         raise UserError(f"{run.uri}: the miniature's table needs a local or shared run directory")
     assert config.evaluate is not None
     options = config.evaluate.model_dump()
-    return ray.get(ray.remote(num_cpus=1)(_evaluate).remote(str(local), str(base), str(prompts), options))
+    return ray.get(
+        ray.remote(num_cpus=1)(_evaluate).remote(str(local), str(base), str(prompts), options)
+    )
 
 
 def _evaluate(run: str, base: str, prompts: str, options: dict[str, Any]) -> dict[str, Any]:

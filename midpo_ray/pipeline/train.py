@@ -23,7 +23,9 @@ NOTICE = 25.0  # seconds between SIGTERM and the end, for the workers' last chec
 LOOK = 2.0  # seconds between looks at the nodes and at the workers' last words
 
 
-def held_together(config: Config, stages: Sequence[str], what: str, say: Callable[[str], None]) -> bool:
+def held_together(
+    config: Config, stages: Sequence[str], what: str, say: Callable[[str], None]
+) -> bool:
     """Wait for, or refuse at once, what the cluster lacks for each stage; whether all but the router fit at the same time."""
     cluster.wait_for([(s, config.group(s)) for s in stages], config.cluster.resources_timeout, say)
     first = [s for s in stages if s != "router"]
@@ -86,7 +88,9 @@ def train(
                     say(line)
                 there = cluster.nodes()
                 for ref, stage in list(running.items()):
-                    busy = stage != "router" or len(running) == 1  # it may be queued behind the experts
+                    busy = (
+                        stage != "router" or len(running) == 1
+                    )  # it may be queued behind the experts
                     if busy and (lack := patience.over(stage, config.group(stage), there)):
                         ray.cancel(ref, force=True)
                         del running[ref]
@@ -117,4 +121,6 @@ def told(error: Exception, stage: str) -> UserError:
     if isinstance(cause, UserError):
         return cause
     last = [line for line in str(cause).splitlines() if line.strip()]
-    return UserError(f"stage {stage} failed: {last[-1].strip() if last else cause.__class__.__name__}")
+    return UserError(
+        f"stage {stage} failed: {last[-1].strip() if last else cause.__class__.__name__}"
+    )

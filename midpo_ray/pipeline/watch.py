@@ -63,7 +63,12 @@ class Watch:
         threading.Thread(target=self._ask, daemon=True).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._over.set()
 
     def _look(self) -> None:
@@ -83,7 +88,9 @@ class Watch:
         with tempfile.TemporaryFile("w+") as stacks, contextlib.suppress(Exception):
             faulthandler.dump_traceback(stacks)
             stacks.seek(0)
-            self.run.append(f"{FAULTS}/{self.stage}-{self.rank}.log", f"{said}\n{stacks.read()}".encode())
+            self.run.append(
+                f"{FAULTS}/{self.stage}-{self.rank}.log", f"{said}\n{stacks.read()}".encode()
+            )
 
     def _ask(self) -> None:
         while not self._over.wait(ASK):
@@ -99,12 +106,18 @@ class Faults:
 
     def __init__(self, run: Storage) -> None:
         self.run = run
-        self.told = {name: run.read(f"{FAULTS}/{name}").count(b" hangs: ") for name in run.names(FAULTS)}
+        self.told = {
+            name: run.read(f"{FAULTS}/{name}").count(b" hangs: ") for name in run.names(FAULTS)
+        }
 
     def new(self) -> list[str]:
         lines = []
         for name in self.run.names(FAULTS):
-            said = [s for s in self.run.read(f"{FAULTS}/{name}").decode("utf-8", "replace").splitlines() if " hangs: " in s]
+            said = [
+                s
+                for s in self.run.read(f"{FAULTS}/{name}").decode("utf-8", "replace").splitlines()
+                if " hangs: " in s
+            ]
             lines += said[self.told.get(name, 0) :]
             self.told[name] = len(said)
         return lines
@@ -113,6 +126,8 @@ class Faults:
 def draining() -> bool:
     """Whether the node of this Ray worker has notice to go (its autoscaler or an operator drains it)."""
     import ray
-    from ray._private.state import state  # Ray tells this nowhere else without a barrier over all workers
+    from ray._private.state import (
+        state,
+    )  # Ray tells this nowhere else without a barrier over all workers
 
     return ray.get_runtime_context().get_node_id() in state.get_draining_nodes()

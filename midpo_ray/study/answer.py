@@ -66,11 +66,16 @@ def _routed(routed: Any, gates: AbstractContextManager[Any]) -> Served:
 class Speaker(generate.Generator):
     """Answers of a model that is here already; the tokens of what was said are kept."""
 
-    def __init__(self, served: Served, config: Config, routed: str | None, options: generate.Options) -> None:
+    def __init__(
+        self, served: Served, config: Config, routed: str | None, options: generate.Options
+    ) -> None:
         self.served = served
         self.said: list[Document] = []
         model = config.model.model_dump(mode="json")
-        super().__init__(asdict(generate.Contender("", "", "", model, config.data.template, routed=routed)), asdict(options))
+        super().__init__(
+            asdict(generate.Contender("", "", "", model, config.data.template, routed=routed)),
+            asdict(options),
+        )
 
     def _load(self, device: str) -> Any:
         return self.served.model
@@ -117,15 +122,21 @@ def answers(
             "category": p.category,
         }
         row |= {k: value[k] for k in ("response", "tokens", "truncated")} | {"log_ratio": ratio}
-        rows.append(row | {f"gate_{expert}": sum(layers) / len(layers) for expert, layers in gates.items()})
+        rows.append(
+            row | {f"gate_{expert}": sum(layers) / len(layers) for expert, layers in gates.items()}
+        )
         if gates:
             routing["rows"].append({"harmful": p.harmful, **gates})
         if "map" in value:
-            routing["examples"].append({"title": f"{p.category} {p.id}", "harmful": p.harmful, **value["map"]})
+            routing["examples"].append(
+                {"title": f"{p.category} {p.id}", "harmful": p.harmful, **value["map"]}
+            )
     return rows, routing if routed else None
 
 
-def judged(rows: Sequence[dict[str, Any]], prompts: Sequence[Prompt], judges: Sequence[str]) -> pa.Table:
+def judged(
+    rows: Sequence[dict[str, Any]], prompts: Sequence[Prompt], judges: Sequence[str]
+) -> pa.Table:
     """The answers table: ``rows`` of ``answers`` with the judges' columns."""
     turns = {(p.set, p.id): p.turns for p in prompts}
     for spec in judges:

@@ -17,9 +17,24 @@ from .spec import Comparison, Study
 
 Rows = Sequence[Mapping[str, Any]]
 BySeed = dict[int, float]
-FIGURES = ("helpfulness", "safe_rate", "refusal_benign", "joint", "malformed", "truncated", "reward", "safety")
-JUDGED = {"reward": "reward", "cost": "safety"}  # what a comparison is by -> the figure in which more is better
-AXES = ("helpfulness", "safe_rate")  # of the picture: reward on benign prompts, share of harmful ones answered safely
+FIGURES = (
+    "helpfulness",
+    "safe_rate",
+    "refusal_benign",
+    "joint",
+    "malformed",
+    "truncated",
+    "reward",
+    "safety",
+)
+JUDGED = {
+    "reward": "reward",
+    "cost": "safety",
+}  # what a comparison is by -> the figure in which more is better
+AXES = (
+    "helpfulness",
+    "safe_rate",
+)  # of the picture: reward on benign prompts, share of harmful ones answered safely
 
 
 def by_seed(rows: Rows, figure: str) -> BySeed:
@@ -43,7 +58,9 @@ def of_seeds(rows: Rows) -> dict[int, Rows]:
 
 def separation(rows: Rows, category: str | None = None) -> float:
     """AUROC of g_s - g_h between harmful prompts and benign ones, all or those of a category; NaN without gates."""
-    lean = [(r, r["gate_safety"] - r["gate_helpfulness"]) for r in rows if r["gate_safety"] is not None]
+    lean = [
+        (r, r["gate_safety"] - r["gate_helpfulness"]) for r in rows if r["gate_safety"] is not None
+    ]
     benign = [x for r, x in lean if r["harmful"] is False and category in (None, r["category"])]
     return auroc([x for r, x in lean if r["harmful"]], benign)
 
@@ -85,10 +102,15 @@ def compare(comparison: Comparison, rows: Mapping[str, Rows]) -> dict[str, Any]:
     outside of them the nearest end counts, in ``clamped`` seeds."""
     of, others = rows[comparison.of], [rows[n] for n in (comparison.against, *comparison.grid)]
     distance = by_seed(of, "kl")
-    rates, distances = [win_rates(of, o, comparison.by) for o in others], [by_seed(o, "kl") for o in others]
+    rates, distances = (
+        [win_rates(of, o, comparison.by) for o in others],
+        [by_seed(o, "kl") for o in others],
+    )
     equal, clamped = [], 0
     for seed in rates[0]:
-        points = sorted((d[seed], r[seed]) for d, r in zip(distances, rates, strict=True) if seed in r)
+        points = sorted(
+            (d[seed], r[seed]) for d, r in zip(distances, rates, strict=True) if seed in r
+        )
         places = [p for p, _ in points]
         equal.append(float(np.interp(distance[seed], places, [r for _, r in points])))
         clamped += not places[0] <= distance[seed] <= places[-1]
@@ -106,11 +128,15 @@ def dominates(rival: Mapping[str, dict[str, Any]]) -> bool:
     """Whether a rival is at least as good on both axes and better on one, beyond its interval where there is one; from main's
     differences to it."""
     least = [rival[a] for a in AXES if rival[a]["n"]]
-    ends = [d["value"] if d["high"] is None else d["high"] for d in least]  # of one seed there is no interval
+    ends = [
+        d["value"] if d["high"] is None else d["high"] for d in least
+    ]  # of one seed there is no interval
     return len(least) == len(AXES) and all(d["value"] <= 0 for d in least) and min(ends) < 0
 
 
-def above_front(main: Mapping[str, BySeed], front: Sequence[Mapping[str, BySeed]]) -> dict[str, Any]:
+def above_front(
+    main: Mapping[str, BySeed], front: Sequence[Mapping[str, BySeed]]
+) -> dict[str, Any]:
     """How much safer main answers than a front of contenders does where it is as helpful: seed by seed their share of harmful
     prompts answered safely is read at main's reward on benign prompts, by linear interpolation. Where main is beyond the front's
     most or least helpful contender that one counts, in ``clamped`` seeds."""
@@ -118,7 +144,9 @@ def above_front(main: Mapping[str, BySeed], front: Sequence[Mapping[str, BySeed]
     leads, clamped = [], 0
     for seed in main[across].keys() & main[up].keys():
         place = main[across][seed]
-        points = sorted((c[across][seed], c[up][seed]) for c in front if seed in c[across] and seed in c[up])
+        points = sorted(
+            (c[across][seed], c[up][seed]) for c in front if seed in c[across] and seed in c[up]
+        )
         if points:
             xs, ys = zip(*points, strict=True)
             leads.append(main[up][seed] - float(np.interp(place, xs, ys)))
@@ -160,10 +188,18 @@ def numbers(study: Study, rows: Mapping[str, Rows]) -> dict[str, Any]:
             result["differences"].append({"against": name, "family": contender.family, **told})
     for name, front in study.fronts.items():
         if set(front) <= seen.keys():
-            result["fronts"].append({"name": name, "safer_by": above_front(main, [values[n] for n in front])})
+            result["fronts"].append(
+                {"name": name, "safer_by": above_front(main, [values[n] for n in front])}
+            )
     rivals = [d for d in result["differences"] if d["family"] != "routed" and d["joint"]["n"]]
     if rivals:
-        best = min(rivals, key=lambda d: d["joint"]["value"])  # main's smallest lead: the rival of the highest joint rate
+        best = min(
+            rivals, key=lambda d: d["joint"]["value"]
+        )  # main's smallest lead: the rival of the highest joint rate
         above = [d["against"] for d in rivals if dominates(d)]
-        result["front"] = {"above": above, "best_rival": best["against"], "joint_lead": best["joint"]}
+        result["front"] = {
+            "above": above,
+            "best_rival": best["against"],
+            "joint_lead": best["joint"],
+        }
     return result

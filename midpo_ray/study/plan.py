@@ -32,7 +32,9 @@ class Unit:
     about: str  # for people
     seed: int
     config: Config  # one whose results these are; another contender's may differ in what does not matter here
-    needs: tuple[str, ...]  # units: an answer's trainings in their order, and the world of everything
+    needs: tuple[
+        str, ...
+    ]  # units: an answer's trainings in their order, and the world of everything
     world: str
     stage: str = ""  # of a training
     contender: Contender | None = None  # of answers
@@ -51,7 +53,10 @@ class Unit:
     def spec(self, folder: str, study: Study) -> dict[str, Any]:
         """All that a worker needs, as plain values."""
         return {
-            **{key: getattr(self, key) for key in ("kind", "id", "folder", "seed", "needs", "world", "stage", "said")},
+            **{
+                key: getattr(self, key)
+                for key in ("kind", "id", "folder", "seed", "needs", "world", "stage", "said")
+            },
             "config": self.config.model_dump(mode="json"),
             "contender": self.contender.model_dump() if self.contender else None,
             "study": folder,
@@ -88,10 +93,14 @@ def plan(study: Study, config: Config, where: str) -> Plan:
     for seed in study.seeds:
         seeded = config.model_copy(update={study.vary: seed})
         world = digest("world", fingerprints(seeded)["score"])
-        several = study.vary == "seed" and len(study.seeds) > 1  # then each has one worker, and they run beside each other
+        several = (
+            study.vary == "seed" and len(study.seeds) > 1
+        )  # then each has one worker, and they run beside each other
         scores = seeded.scores.model_copy(update={"workers": 1}) if several else seeded.scores
         seeded = seeded.model_copy(update={"scores": scores})
-        units.setdefault(world, Unit("worlds", world, f"world of seed {seed}", seed, seeded, (), world))
+        units.setdefault(
+            world, Unit("worlds", world, f"world of seed {seed}", seed, seeded, (), world)
+        )
         for contender in study.contenders:
             mine = contender.at(seeded, where)
             parts = fingerprints(mine)
@@ -99,19 +108,38 @@ def plan(study: Study, config: Config, where: str) -> Plan:
             for stage in contender.stages:
                 needs = (world, *trained) if stage == "router" else (world,)
                 unit = Unit(
-                    "trainings", digest(stage, parts[stage]), f"{stage} of {contender.name}", seed, mine, needs, world, stage
+                    "trainings",
+                    digest(stage, parts[stage]),
+                    f"{stage} of {contender.name}",
+                    seed,
+                    mine,
+                    needs,
+                    world,
+                    stage,
                 )
                 units.setdefault(unit.id, unit)
                 trained.append(unit.id)
             drawn = digest(asked, mine.seed_of_training)
-            said = digest("said", VERSION, inputs(mine), contender.serve, contender.gates, trained, drawn)
+            said = digest(
+                "said", VERSION, inputs(mine), contender.serve, contender.gates, trained, drawn
+            )
             told = digest("answers", said, judges)
             if told in units:
                 other = units[told].contender
-                raise UserError(f"{where}: the contenders {other.name if other else ''!r} and {contender.name!r} are the same")
+                raise UserError(
+                    f"{where}: the contenders {other.name if other else ''!r} and {contender.name!r} are the same"
+                )
             about = f"answers of {contender.name}"
             units[told] = Unit(
-                "answers", told, about, seed, mine, (*trained, world), world, contender=contender, said=f"said/{said}.json"
+                "answers",
+                told,
+                about,
+                seed,
+                mine,
+                (*trained, world),
+                world,
+                contender=contender,
+                said=f"said/{said}.json",
             )
             answers[contender.name, seed] = told
     return Plan(units, answers)

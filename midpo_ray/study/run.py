@@ -49,11 +49,15 @@ def study(
     wanted, config = load_study(name, overrides, seeds)
     folder = Storage(run_dir or f"runs/study-{Path(name).stem}")
     if not wanted.sets and config.model.path != MINIATURE:
-        raise UserError(f"study {name}: sets is empty, and the recipe's model is not {MINIATURE}: name the sets of prompts")
+        raise UserError(
+            f"study {name}: sets is empty, and the recipe's model is not {MINIATURE}: name the sets of prompts"
+        )
     graph = plan(wanted, config, f"study {name}")
     done = finished(folder, graph)
     todo = graph.missing(done)
-    say(f"study {folder.uri}: {len(wanted.contenders)} contenders, {len(wanted.seeds)} seed(s); {describe(graph, done)}")
+    say(
+        f"study {folder.uri}: {len(wanted.contenders)} contenders, {len(wanted.seeds)} seed(s); {describe(graph, done)}"
+    )
     if dry:
         for unit in todo:
             say(f"  {unit.about}, seed {unit.seed}: {unit.folder}")
@@ -73,22 +77,34 @@ def study(
     write(folder, wanted, graph, name, say)
     if failed:
         first = next(iter(failed))
-        raise UserError(f"{len(failed)} of {len(todo)} units failed, the same command tries them again; {first}: {failed[first]}")
+        raise UserError(
+            f"{len(failed)} of {len(todo)} units failed, the same command tries them again; {first}: {failed[first]}"
+        )
     return folder
 
 
 def finished(folder: Storage, graph: Plan) -> set[str]:
     """Units whose record is there."""
     there = {kind: set(folder.names(kind)) for kind in ("worlds", "trainings", "answers")}
-    return {u.id for u in graph.units.values() if u.id in there[u.kind] and folder.exists(f"{u.folder}/{RECORD}")}
+    return {
+        u.id
+        for u in graph.units.values()
+        if u.id in there[u.kind] and folder.exists(f"{u.folder}/{RECORD}")
+    }
 
 
 class _Work:
     """Units in order: each starts when those it needs are done and the cluster holds it beside those that run."""
 
-    def __init__(self, folder: Storage, graph: Plan, todo: list[Unit], wanted: Study, say: Say) -> None:
+    def __init__(
+        self, folder: Storage, graph: Plan, todo: list[Unit], wanted: Study, say: Say
+    ) -> None:
         self.folder, self.graph, self.wanted, self.say = folder, graph, wanted, say
-        self.waiting, self.running, self.failed = list(todo), dict[Any, tuple[Unit, float]](), dict[str, str]()
+        self.waiting, self.running, self.failed = (
+            list(todo),
+            dict[Any, tuple[Unit, float]](),
+            dict[str, str](),
+        )
         self.open = {u.id for u in todo}  # not done yet
         self.broken: set[str] = set()
 
@@ -123,7 +139,10 @@ class _Work:
                 self.waiting.remove(unit)
                 self._fail(unit, "what it needs failed")
             elif not self.open & set(unit.needs):
-                if cluster.hold([*(u.group for u, _ in self.running.values()), unit.group], there) is not None:
+                if (
+                    cluster.hold([*(u.group for u, _ in self.running.values()), unit.group], there)
+                    is not None
+                ):
                     return  # in order: no small unit keeps a large one waiting
                 self.waiting.remove(unit)
                 try:
@@ -140,7 +159,10 @@ class _Work:
 
             home = prepare(spec, config, self.folder)
             return launch(stage_spec(resolved(config, self.folder), unit.stage, home, unit.id))
-        options: dict[str, Any] = {"num_cpus": group.cpus_per_worker, "num_gpus": group.gpus_per_worker}
+        options: dict[str, Any] = {
+            "num_cpus": group.cpus_per_worker,
+            "num_gpus": group.gpus_per_worker,
+        }
         if unit.kind == "worlds":  # its actors take the place that it holds here
             options = {"num_cpus": 0}
         elif group.resources or group.label_selector:

@@ -11,11 +11,32 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from ..config import EXPERTS, Config, Section, explain, load_config, read_mapping, shipped_studies, validate
+from ..config import (
+    EXPERTS,
+    Config,
+    Section,
+    explain,
+    load_config,
+    read_mapping,
+    shipped_studies,
+    validate,
+)
 from ..errors import UserError
 
-STAGES = {"base": (), "safety": ("safety",), "helpfulness": ("helpfulness",), "added": EXPERTS, "routed": (*EXPERTS, "router")}
-FAMILY = {"base": "base", "safety": "expert", "helpfulness": "expert", "added": "baseline", "routed": "routed"}
+STAGES = {
+    "base": (),
+    "safety": ("safety",),
+    "helpfulness": ("helpfulness",),
+    "added": EXPERTS,
+    "routed": (*EXPERTS, "router"),
+}
+FAMILY = {
+    "base": "base",
+    "safety": "expert",
+    "helpfulness": "expert",
+    "added": "baseline",
+    "routed": "routed",
+}
 _VARIED = re.compile(r"experts\.(\*|safety|helpfulness)\.|lora\.|router\.|deepspeed\.")
 
 
@@ -23,24 +44,36 @@ class Contender(Section):
     """One point of the picture: what is trained, and what of it answers."""
 
     name: str = Field(min_length=1)
-    serve: Literal["base", "safety", "helpfulness", "added", "routed"]  # added: both experts by constant gates, without a router
+    serve: Literal[
+        "base", "safety", "helpfulness", "added", "routed"
+    ]  # added: both experts by constant gates, without a router
     gates: tuple[float, float] | None = None  # of safety and of helpfulness, for added
-    family: Literal["base", "expert", "baseline", "routed"] = Field("base")  # default: by what is served
+    family: Literal["base", "expert", "baseline", "routed"] = Field(
+        "base"
+    )  # default: by what is served
     set: dict[str, Any] = Field({})  # keys of the recipe; experts.*.KEY is of both experts
 
     @model_validator(mode="before")
     @classmethod
     def _family(cls, raw: Any) -> Any:
-        return {"family": FAMILY.get(str(raw.get("serve")), "base"), **raw} if isinstance(raw, dict) else raw
+        return (
+            {"family": FAMILY.get(str(raw.get("serve")), "base"), **raw}
+            if isinstance(raw, dict)
+            else raw
+        )
 
     @model_validator(mode="after")
     def _sound(self) -> Contender:
         if (self.gates is None) == (self.serve == "added"):
-            raise ValueError(f"{self.name}: gates: [safety, helpfulness] go with serve: added, and with nothing else")
+            raise ValueError(
+                f"{self.name}: gates: [safety, helpfulness] go with serve: added, and with nothing else"
+            )
         for key in self.set:
             if not _VARIED.match(key):
                 what = "experts, lora, router and deepspeed"
-                raise ValueError(f"{self.name}: set: {key}: frozen signals or the seeds hang on it; contenders vary {what}")
+                raise ValueError(
+                    f"{self.name}: set: {key}: frozen signals or the seeds hang on it; contenders vary {what}"
+                )
         return self
 
     @property
@@ -52,7 +85,9 @@ class Contender(Section):
         """The recipe with this contender's overrides."""
         raw = config.model_dump()
         for name, value in self.set.items():
-            for key in [name.replace("*", e) for e in EXPERTS] if name.startswith("experts.*.") else [name]:
+            for key in (
+                [name.replace("*", e) for e in EXPERTS] if name.startswith("experts.*.") else [name]
+            ):
                 *parents, last = key.split(".")
                 node: Any = raw
                 for part in parents:
@@ -68,15 +103,21 @@ class Comparison(Section):
 
     of: str
     against: str
-    by: Literal["reward", "cost"]  # true scores of the answers: the higher reward, the lower cost wins
-    grid: tuple[str, ...] = ()  # ``against`` at other strengths: the win rate is interpolated in KL to that of ``of``
+    by: Literal[
+        "reward", "cost"
+    ]  # true scores of the answers: the higher reward, the lower cost wins
+    grid: tuple[
+        str, ...
+    ] = ()  # ``against`` at other strengths: the win rate is interpolated in KL to that of ``of``
 
 
 class Answers(Section):
     """How contenders answer."""
 
     max_new_tokens: int = Field(48, gt=0)
-    temperature: float = Field(1.0, ge=0)  # at 1 the mean log-ratio of the answers is the KL from the base
+    temperature: float = Field(
+        1.0, ge=0
+    )  # at 1 the mean log-ratio of the answers is the KL from the base
     top_p: float = Field(1.0, gt=0, le=1)
     batch: int = Field(200, gt=0)  # prompts at once
     prompts: int | None = Field(None, gt=0)  # of each set; default: all
@@ -89,13 +130,19 @@ class Study(Section):
     seeds: tuple[int, ...] = Field(min_length=1)
     vary: Literal["seed", "training_seed"] = "seed"  # training_seed: the data and its split stay
     main: str  # the contender whose place on the front is asked
-    sets: tuple[str, ...] = ()  # of prompts, as for `midpo evaluate`; none: those of each seed's builtin:miniature
-    split: Literal["test", "validation"] = "test"  # of that world's held-out prompts; validation is for choosing settings
+    sets: tuple[
+        str, ...
+    ] = ()  # of prompts, as for `midpo evaluate`; none: those of each seed's builtin:miniature
+    split: Literal["test", "validation"] = (
+        "test"  # of that world's held-out prompts; validation is for choosing settings
+    )
     judges: tuple[str, ...] = ("builtin:miniature",)  # as for `midpo evaluate`
     answers: Answers = Answers()
     contenders: tuple[Contender, ...] = Field(min_length=1)
     comparisons: tuple[Comparison, ...] = ()
-    fronts: dict[str, tuple[str, ...]] = Field({})  # contenders that are one method at several weights, for example MODPO's
+    fronts: dict[str, tuple[str, ...]] = Field(
+        {}
+    )  # contenders that are one method at several weights, for example MODPO's
 
     @model_validator(mode="after")
     def _sound(self) -> Study:
@@ -111,14 +158,18 @@ class Study(Section):
         for name in (self.main, *compared, *(n for front in self.fronts.values() for n in front)):
             if name not in names:
                 near = difflib.get_close_matches(name, names, 1)
-                raise ValueError(f"no contender is named {name!r}{f', did you mean {near[0]!r}?' if near else ''}")
+                raise ValueError(
+                    f"no contender is named {name!r}{f', did you mean {near[0]!r}?' if near else ''}"
+                )
         return self
 
     def contender(self, name: str) -> Contender:
         return next(c for c in self.contenders if c.name == name)
 
 
-def load_study(name_or_path: str, overrides: list[str] | None = None, seeds: list[int] | None = None) -> tuple[Study, Config]:
+def load_study(
+    name_or_path: str, overrides: list[str] | None = None, seeds: list[int] | None = None
+) -> tuple[Study, Config]:
     """A shipped study or a YAML file, and its recipe with ``set`` and then ``overrides``; ``seeds`` instead of its own.
 
     A recipe's path is relative to the study's file.
@@ -131,13 +182,19 @@ def load_study(name_or_path: str, overrides: list[str] | None = None, seeds: lis
     if not shipped and path.suffix not in (".yaml", ".yml"):
         near = difflib.get_close_matches(name_or_path, shipped_studies(), 1)
         hint = f", did you mean {near[0]}?" if near else ""
-        raise UserError(f"{where} is not known{hint}; shipped are {', '.join(shipped_studies())}; a file ends in .yaml")
-    raw = read_mapping(resources.files("midpo_ray.studies") / f"{name_or_path}.yaml" if shipped else path, where)
+        raise UserError(
+            f"{where} is not known{hint}; shipped are {', '.join(shipped_studies())}; a file ends in .yaml"
+        )
+    raw = read_mapping(
+        resources.files("midpo_ray.studies") / f"{name_or_path}.yaml" if shipped else path, where
+    )
     try:
         study = Study.model_validate({**raw, **({"seeds": seeds} if seeds else {})})
     except ValidationError as error:
         raise UserError(f"{where}: {explain(error, Study)}") from None
     beside = path.parent / study.recipe
-    recipe = str(beside) if not shipped and study.recipe.endswith((".yaml", ".yml")) else study.recipe
+    recipe = (
+        str(beside) if not shipped and study.recipe.endswith((".yaml", ".yml")) else study.recipe
+    )
     fixed = [f"{key}={json.dumps(value)}" for key, value in study.set.items()]
     return study, load_config(recipe, [*fixed, *(overrides or [])])

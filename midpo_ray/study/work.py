@@ -35,7 +35,10 @@ def work(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def commit(study: Storage, spec: dict[str, Any], started: float) -> dict[str, Any]:
-    record = {**{k: spec[k] for k in ("kind", "id", "seed", "stage")}, "seconds": round(time.monotonic() - started, 3)}
+    record = {
+        **{k: spec[k] for k in ("kind", "id", "seed", "stage")},
+        "seconds": round(time.monotonic() - started, 3),
+    }
     study.write(f"{spec['folder']}/{RECORD}", json.dumps(record, indent=1).encode())
     return record
 
@@ -43,7 +46,11 @@ def commit(study: Storage, spec: dict[str, Any], started: float) -> dict[str, An
 def threads(config: Config, spec: dict[str, Any]) -> None:
     import torch
 
-    cpus = config.group(spec["stage"]).cpus_per_worker if spec["stage"] else config.scores.cpus_per_worker
+    cpus = (
+        config.group(spec["stage"]).cpus_per_worker
+        if spec["stage"]
+        else config.scores.cpus_per_worker
+    )
     torch.set_num_threads(max(1, int(cpus)))
 
 
@@ -68,7 +75,13 @@ def score(spec: dict[str, Any], config: Config, study: Storage) -> None:
     """The table of frozen signals, by the pipeline; a built-in world's files first, in this process."""
     from ..pipeline.run import run
 
-    run(cached(config, study), "auto", run_dir=(study / spec["folder"]).uri, until="score", say=quiet)
+    run(
+        cached(config, study),
+        "auto",
+        run_dir=(study / spec["folder"]).uri,
+        until="score",
+        say=quiet,
+    )
 
 
 def prepare(spec: dict[str, Any], config: Config, study: Storage) -> Storage:
@@ -77,12 +90,19 @@ def prepare(spec: dict[str, Any], config: Config, study: Storage) -> Storage:
 
     home, stage = study / spec["folder"], spec["stage"]
     table, summary = stage_table(config, stage, scored((study / "worlds" / spec["world"]).uri))
-    write_table(home / "dual" if stage == "router" else home / f"{FOLDERS[stage]}.work", "pairs.parquet", table)
+    write_table(
+        home / "dual" if stage == "router" else home / f"{FOLDERS[stage]}.work",
+        "pairs.parquet",
+        table,
+    )
     home.write(f"metrics/{stage}.data.json", json.dumps(summary, indent=1).encode())
     if stage == "router":
         with tempfile.TemporaryDirectory() as scratch:
             for name, unit in zip(EXPERTS, spec["needs"][1:], strict=True):
-                home.upload((study / "trainings" / unit).download(FOLDERS[name], Path(scratch) / name), FOLDERS[name])
+                home.upload(
+                    (study / "trainings" / unit).download(FOLDERS[name], Path(scratch) / name),
+                    FOLDERS[name],
+                )
     return home
 
 
@@ -102,8 +122,15 @@ def train(spec: dict[str, Any], config: Config, study: Storage) -> None:
     config = resolved(config, study)
     device = torch.device("cuda" if config.group(stage).gpus_per_worker > 0 else "cpu")
     os.environ["LOCAL_RANK"] = "0"
-    if not dist.is_initialized():  # a group of one, which stays for the trainings that follow: DeepSpeed keeps it
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if (
+        not dist.is_initialized()
+    ):  # a group of one, which stays for the trainings that follow: DeepSpeed keeps it
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.HashStore(),
+            rank=0,
+            world_size=1,
+        )
     work = home / f"{FOLDERS[stage]}.work"
     with tempfile.TemporaryDirectory() as scratch:
         model, engine, step = build(config, stage, home, device, Path(scratch))
@@ -114,14 +141,18 @@ def train(spec: dict[str, Any], config: Config, study: Storage) -> None:
             table=StageTable.load(home / "dual" if stage == "router" else work, "pairs.parquet"),
             optim=config.optim(stage),
             seed=config.seed_of_training,
-            checkpoints=Checkpoints(work / "checkpoints", keep=config.checkpoint.keep, digest=spec["id"]),
+            checkpoints=Checkpoints(
+                work / "checkpoints", keep=config.checkpoint.keep, digest=spec["id"]
+            ),
             metrics=metrics,
             checkpoint=config.checkpoint,
             logging=config.logging,
             dtype=config.model.dtype,
         )
         metrics.close()
-        save(config, stage, model, trained_state(engine, model, keep_dtype=True), home, Path(scratch))
+        save(
+            config, stage, model, trained_state(engine, model, keep_dtype=True), home, Path(scratch)
+        )
     work.delete()
     del model, engine, step
     gc.collect()
@@ -138,17 +169,30 @@ def answer(spec: dict[str, Any], config: Config, study: Storage) -> None:
         rows, routing = generated(spec, config, study, prompts, Options(**settings))
         study.write(spec["said"], json.dumps({"rows": rows, "routing": routing}).encode())
     said = json.loads(study.read(spec["said"]))
-    write_table(study / spec["folder"], "answers.parquet", judged(said["rows"], prompts, spec["judges"]))
+    write_table(
+        study / spec["folder"], "answers.parquet", judged(said["rows"], prompts, spec["judges"])
+    )
 
 
-def generated(spec: dict[str, Any], config: Config, study: Storage, prompts: Sequence[Prompt], options: Options) -> Any:
+def generated(
+    spec: dict[str, Any],
+    config: Config,
+    study: Storage,
+    prompts: Sequence[Prompt],
+    options: Options,
+) -> Any:
     from .answer import answers
 
     needed = dict(zip(STAGES[spec["contender"]["serve"]], spec["needs"], strict=False))
     with tempfile.TemporaryDirectory() as scratch:
-        trained = {s: (study / "trainings" / unit).download(FOLDERS[s], Path(scratch) / s) for s, unit in needed.items()}
+        trained = {
+            s: (study / "trainings" / unit).download(FOLDERS[s], Path(scratch) / s)
+            for s, unit in needed.items()
+        }
         if "router" in needed:  # a run directory, with the adapters that it was trained on
-            trained["router"] = (study / "trainings" / needed["router"]).download("", Path(scratch) / "run")
+            trained["router"] = (study / "trainings" / needed["router"]).download(
+                "", Path(scratch) / "run"
+            )
         return answers(resolved(config, study), spec["contender"], trained, prompts, options)
 
 
@@ -160,4 +204,7 @@ def prompts_of(sets: Sequence[str], split: str, limit: int | None, seed: int) ->
     if sets:
         return [p for found in load_sets(sets, limit) for p in found]
     rows = [r for r in held_out_prompts(make_world(seed), seed) if r["split"] == split][:limit]
-    return [Prompt(f"{seed}-{i}", "miniature", r["prompt"], r["harmful"], r["kind"]) for i, r in enumerate(rows, 1)]
+    return [
+        Prompt(f"{seed}-{i}", "miniature", r["prompt"], r["harmful"], r["kind"])
+        for i, r in enumerate(rows, 1)
+    ]

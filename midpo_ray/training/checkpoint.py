@@ -59,8 +59,15 @@ class Checkpoints:
         Raises:
             UserError: no space or no permission; what was there stays, and nothing half-written is left.
         """
-        data = safetensors.torch.save({name: value.contiguous() for name, value in sorted(tensors.items())})
-        content = {**state, "step": step, "digest": self.digest, "sha256": hashlib.sha256(data).hexdigest()}
+        data = safetensors.torch.save(
+            {name: value.contiguous() for name, value in sorted(tensors.items())}
+        )
+        content = {
+            **state,
+            "step": step,
+            "digest": self.digest,
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
         _check_size(len(data), tensors)
         aside, name = f"writing-{step:08d}", name_of(step)
         try:
@@ -125,8 +132,16 @@ def beyond(steps: Iterable[int], keep: int) -> list[int]:
 
 def _check_size(size: int, tensors: Mapping[str, Tensor]) -> None:
     """At most three float32 numbers for each trained parameter, and headers: a frozen weight must never slip in."""
-    parameters = sum(value.numel() for name, value in tensors.items() if name.startswith("parameter/"))
+    parameters = sum(
+        value.numel() for name, value in tensors.items() if name.startswith("parameter/")
+    )
     headers = 4096 + sum(len(name) + 200 for name in tensors)
-    wrong = [name for name, value in tensors.items() if value.dtype != torch.float32 or name.split("/")[0] not in KINDS]
+    wrong = [
+        name
+        for name, value in tensors.items()
+        if value.dtype != torch.float32 or name.split("/")[0] not in KINDS
+    ]
     if wrong or size > 12 * parameters + headers:
-        raise AssertionError(f"checkpoint of {size} bytes for {parameters} trained parameters; not expected: {wrong[:3]}")
+        raise AssertionError(
+            f"checkpoint of {size} bytes for {parameters} trained parameters; not expected: {wrong[:3]}"
+        )

@@ -30,7 +30,11 @@ class Group:
         together = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if together else 0
         self.world = dist.get_world_size() if together else 1
-        self._control = dist.new_group(backend="gloo") if self.world > 1 and dist.get_backend() != "gloo" else None
+        self._control = (
+            dist.new_group(backend="gloo")
+            if self.world > 1 and dist.get_backend() != "gloo"
+            else None
+        )
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over the ranks of a tensor on ``device``, in place."""
@@ -98,11 +102,17 @@ def trained_state(engine: Engine, of: nn.Module, *, keep_dtype: bool = False) ->
     """
     names = {id(parameter): name for name, parameter in of.named_parameters()}
     values = engine.parameters()
-    inside = {n: p for n, p in engine.module.named_parameters() if p.requires_grad and id(p) in names}
-    return {names[id(p)]: values[n].to(p.dtype) if keep_dtype else values[n] for n, p in inside.items()}
+    inside = {
+        n: p for n, p in engine.module.named_parameters() if p.requires_grad and id(p) in names
+    }
+    return {
+        names[id(p)]: values[n].to(p.dtype) if keep_dtype else values[n] for n, p in inside.items()
+    }
 
 
-def plain(module: nn.Module, optim: config.Optim, device: torch.device | str = "cpu") -> PlainEngine:
+def plain(
+    module: nn.Module, optim: config.Optim, device: torch.device | str = "cpu"
+) -> PlainEngine:
     """An engine of torch alone; data parallel where torch.distributed is initialised. Trainable are the parameters that
     require a gradient."""
     return PlainEngine(module.to(device), optim, torch.device(device))
@@ -115,7 +125,9 @@ class PlainEngine:
         for parameter in self._named.values():
             if self.group.world > 1:
                 dist.broadcast(parameter.data, src=0)
-        self._masters = {n: p if p.dtype == torch.float32 else p.detach().float() for n, p in self._named.items()}
+        self._masters = {
+            n: p if p.dtype == torch.float32 else p.detach().float() for n, p in self._named.items()
+        }
         self._adamw = adamw(list(self._masters.values()), optim)
 
     def __call__(self, *inputs: Any) -> Any:
@@ -132,10 +144,14 @@ class PlainEngine:
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
 
     def step(self) -> Tensor:
-        gradients = [torch.zeros_like(m) if m.grad is None else m.grad for m in self._masters.values()]
+        gradients = [
+            torch.zeros_like(m) if m.grad is None else m.grad for m in self._masters.values()
+        ]
         if self.group.world > 1:
             flat = self.group.sum(torch.cat([g.flatten() for g in gradients])) / self.group.world
-            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            for gradient, part in zip(
+                gradients, flat.split([g.numel() for g in gradients]), strict=True
+            ):
                 gradient.copy_(part.view_as(gradient))
         for (master, _), gradient in zip(self._pairs(), gradients, strict=True):
             master.grad = gradient
@@ -172,7 +188,9 @@ class PlainEngine:
             self._adamw.state[master] = {**values, "step": torch.tensor(float(step))}
 
 
-def deepspeed(module: nn.Module, optim: config.Optim, settings: dict[str, Any], device: torch.device | str) -> Engine:
+def deepspeed(
+    module: nn.Module, optim: config.Optim, settings: dict[str, Any], device: torch.device | str
+) -> Engine:
     """A DeepSpeed engine; ``settings`` from ``deepspeed_settings``. torch.distributed must be initialised, ``prepare`` called.
 
     bfloat16 without ZeRO is the plain engine's: DeepSpeed has no float32 gradients there.
@@ -183,15 +201,22 @@ def deepspeed(module: nn.Module, optim: config.Optim, settings: dict[str, Any], 
 
 
 class DeepSpeedEngine:
-    def __init__(self, module: nn.Module, optim: config.Optim, settings: dict[str, Any], device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, optim: config.Optim, settings: dict[str, Any], device: torch.device
+    ) -> None:
         import deepspeed as ds
 
         self.module, self.group = module, Group(device)
         self._stage = settings["zero_optimization"]["stage"]
         self._named = trainable(module)
-        self._gathered = lambda: ds.zero.GatheredParameters(list(self._named.values()), 0, enabled=self._stage == 3)
+        self._gathered = lambda: ds.zero.GatheredParameters(
+            list(self._named.values()), 0, enabled=self._stage == 3
+        )
         self._engine, *_ = ds.initialize(
-            model=module, config=settings, dist_init_required=False, optimizer=adamw(list(self._named.values()), optim)
+            model=module,
+            config=settings,
+            dist_init_required=False,
+            optimizer=adamw(list(self._named.values()), optim),
         )
         self._unwrapped = self._stage == 0  # DeepSpeed leaves the optimizer as it is
 
@@ -222,7 +247,11 @@ class DeepSpeedEngine:
         return {name: self._get(parameter, "parameter") for name, parameter in self._named.items()}
 
     def state(self) -> dict[str, Tensor]:
-        return {f"{kind}/{name}": self._get(p, kind) for kind in KINDS for name, p in self._named.items()}
+        return {
+            f"{kind}/{name}": self._get(p, kind)
+            for kind in KINDS
+            for name, p in self._named.items()
+        }
 
     def load(self, state: dict[str, Tensor], step: int, prime: Callable[[], Tensor]) -> None:
         self.set_lr(0.0)
@@ -235,13 +264,19 @@ class DeepSpeedEngine:
             for name, parameter in self._named.items():
                 self._set(parameter, kind, state[f"{kind}/{name}"])
         for moments in self._engine.basic_optimizer.state.values():
-            moments["step"] = torch.full_like(moments["step"], step) if torch.is_tensor(moments["step"]) else step
+            moments["step"] = (
+                torch.full_like(moments["step"], step) if torch.is_tensor(moments["step"]) else step
+            )
 
     def _get(self, parameter: nn.Parameter, kind: str) -> Tensor:
         from deepspeed import utils
 
         if self._unwrapped:
-            value = parameter if kind == "parameter" else self._engine.basic_optimizer.state[parameter][kind]
+            value = (
+                parameter
+                if kind == "parameter"
+                else self._engine.basic_optimizer.state[parameter][kind]
+            )
         elif kind == "parameter":
             value = utils.safe_get_full_fp32_param(parameter)
         else:
@@ -255,7 +290,9 @@ class DeepSpeedEngine:
         if self._unwrapped:
             if kind != "parameter":
                 self._engine.basic_optimizer.state[parameter][kind].copy_(value)
-        elif self._stage == 3:  # the "full" setters fail where the ranks' shares need padding (0.19.8), the local ones do not
+        elif (
+            self._stage == 3
+        ):  # the "full" setters fail where the ranks' shares need padding (0.19.8), the local ones do not
             size = utils.safe_get_local_fp32_param(parameter).numel()
             flat = nn.functional.pad(value.flatten(), (0, size * self.group.world - value.numel()))
             share = flat.narrow(0, size * self.group.rank, size)
@@ -287,7 +324,9 @@ def prepare(settings: dict[str, Any], on_gpu: bool) -> Any:
     return HfDeepSpeedConfig(settings)
 
 
-def deepspeed_settings(section: config.DeepSpeed, optim: config.Optim, dtype: str, world: int) -> dict[str, Any]:
+def deepspeed_settings(
+    section: config.DeepSpeed, optim: config.Optim, dtype: str, world: int
+) -> dict[str, Any]:
     """DeepSpeed's own configuration; ``section.extra`` is merged last. Batch sizes are the loop's business, so they say 1."""
     zero: dict[str, Any] = {"stage": section.stage}
     if section.offload_optimizer != "none":
@@ -311,14 +350,18 @@ def deepspeed_settings(section: config.DeepSpeed, optim: config.Optim, dtype: st
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that require a gradient, by name."""
-    named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    named = {
+        name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad
+    }
     if not named:
         raise ValueError("the model has no parameter that requires a gradient: nothing to train")
     return named
 
 
 def adamw(parameters: list[Any], optim: config.Optim) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameters, lr=0.0, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
+    return torch.optim.AdamW(
+        parameters, lr=0.0, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+    )
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -62,7 +62,9 @@ class Metrics:
     def resume(self, step: int) -> None:
         """Cuts both files behind ``step``: what follows is done again."""
         for left in self.folder.names():
-            if left.startswith((f"{self.file}.tmp-", f"{self.time_file}.tmp-")):  # of a killed process
+            if left.startswith(
+                (f"{self.file}.tmp-", f"{self.time_file}.tmp-")
+            ):  # of a killed process
                 self.folder.delete(left)
         for name in (self.file, self.time_file):
             if self.folder.exists(name):
@@ -81,7 +83,11 @@ class Metrics:
         if timing is not None:
             self.folder.append(self.time_file, _line(timing))
         step, split = int(record["step"]), str(record["split"])
-        numbers = {k: v for k, v in {**record, **(timing or {})}.items() if isinstance(v, Number) and k != "step"}
+        numbers = {
+            k: v
+            for k, v in {**record, **(timing or {})}.items()
+            if isinstance(v, Number) and k != "step"
+        }
         values = {f"{split}/{key}": value for key, value in numbers.items()}
         if self._writer is not None:
             for key, value in values.items():
@@ -117,4 +123,6 @@ def _package(name: str, key: str) -> Any:
     try:
         return import_module(name)
     except ImportError:
-        raise UserError(f"{key} is set, but the package {name} is not installed: pip install {name}, or unset {key}") from None
+        raise UserError(
+            f"{key} is set, but the package {name} is not installed: pip install {name}, or unset {key}"
+        ) from None

@@ -92,7 +92,9 @@ def fit(
         micro_batches = plan.micro_batches(number, group.rank, group.world)
         for i, mine in enumerate(micro_batches):
             loss, values = step(feed(mine or rows[:1], rows))
-            share = group.world / len(rows) if mine else 0.0  # a rank with nothing to do goes along, for the collectives' sake
+            share = (
+                group.world / len(rows) if mine else 0.0
+            )  # a rank with nothing to do goes along, for the collectives' sake
             engine.backward(loss * share, last=i == len(micro_batches) - 1)
             window.add(done, mine, values if mine else {k: v * 0 for k, v in values.items()}, loss)
         norm = engine.step()
@@ -100,7 +102,14 @@ def fit(
         spans.append([began, time.time()])
         stop, waited = group.max(float(should_stop()), time.monotonic() - saved)
         ends = bool(stop) or done == last
-        next_ = due(done, plan.total, logging=logging, checkpoint=checkpoint, since_checkpoint=waited, stop_requested=ends)
+        next_ = due(
+            done,
+            plan.total,
+            logging=logging,
+            checkpoint=checkpoint,
+            since_checkpoint=waited,
+            stop_requested=ends,
+        )
         if next_.log:
             phase(done, "log")
             sums = total(window.read(train.ids))
@@ -109,7 +118,12 @@ def fit(
                 metrics.write(_record(done, plan, sums, lr), _timing(done, sums, spans, nodes))
             spans = []
         if next_.validate and len(held_out):
-            record = _record(done, plan, validate(engine, step, held_out, optim, partial(phase, done, "validate")), None)
+            record = _record(
+                done,
+                plan,
+                validate(engine, step, held_out, optim, partial(phase, done, "validate")),
+                None,
+            )
             if metrics:
                 metrics.write(record)
         if next_.checkpoint:
@@ -121,9 +135,18 @@ def fit(
     return Result(last, plan.total, start)
 
 
-def resume(engine: Engine, step: Step, feed: _Feed, window: Window, checkpoints: Checkpoints, metrics: Metrics | None) -> int:
+def resume(
+    engine: Engine,
+    step: Step,
+    feed: _Feed,
+    window: Window,
+    checkpoints: Checkpoints,
+    metrics: Metrics | None,
+) -> int:
     """The steps already taken: state, sums and metrics files stand as they did after them. 0 where there is no checkpoint."""
-    found: Checkpoint | None = engine.group.share(checkpoints.resume() if engine.group.rank == 0 else None)
+    found: Checkpoint | None = engine.group.share(
+        checkpoints.resume() if engine.group.rank == 0 else None
+    )
     done = found.step if found else 0
     if metrics:
         metrics.resume(done)
@@ -136,7 +159,11 @@ def resume(engine: Engine, step: Step, feed: _Feed, window: Window, checkpoints:
 
 
 def save(
-    engine: Engine, window: Window, checkpoints: Checkpoints, done: int, name_rows: Callable[[list[int]], list[str]]
+    engine: Engine,
+    window: Window,
+    checkpoints: Checkpoints,
+    done: int,
+    name_rows: Callable[[list[int]], list[str]],
 ) -> None:
     """A checkpoint after ``done`` steps; all ranks call it, rank 0 writes. Nothing is written where a number is not finite."""
     sums = window.read(name_rows)
@@ -174,7 +201,11 @@ def check_untrained(step: Step, feed: _Feed, allowed: float) -> None:
 
 @torch.no_grad()
 def validate(
-    engine: Engine, step: Step, held_out: StageTable, optim: config.Optim, beat: Callable[[], None] = lambda: None
+    engine: Engine,
+    step: Step,
+    held_out: StageTable,
+    optim: config.Optim,
+    beat: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Sums over the held-out pairs; all ranks call it. ``beat`` is called batch by batch: it is no hang, however long."""
     plan, window = Plan(held_out.lengths(optim.layout), optim, 0), Window(engine.group)
@@ -185,7 +216,9 @@ def validate(
         rows = plan.batch(number)
         for mine in plan.micro_batches(number, engine.group.rank, engine.group.world):
             loss, values = step(feed(mine or rows[:1], rows))
-            window.add(number, mine, values if mine else {k: v * 0 for k, v in values.items()}, loss)
+            window.add(
+                number, mine, values if mine else {k: v * 0 for k, v in values.items()}, loss
+            )
     return total(window.read(held_out.ids))
 
 
@@ -210,13 +243,22 @@ class _Feed:
 
 
 def _record(done: int, plan: Plan, sums: dict[str, float], lr: float | None) -> dict[str, Any]:
-    record = {"step": done, "epoch": done / plan.steps_per_epoch, "split": "validation" if lr is None else "train", **means(sums)}
+    record = {
+        "step": done,
+        "epoch": done / plan.steps_per_epoch,
+        "split": "validation" if lr is None else "train",
+        **means(sums),
+    }
     return record if lr is None else {**record, "lr": lr}
 
 
-def _timing(done: int, sums: dict[str, float], spans: list[list[float]], nodes: list[str]) -> dict[str, Any]:
+def _timing(
+    done: int, sums: dict[str, float], spans: list[list[float]], nodes: list[str]
+) -> dict[str, Any]:
     seconds = max(1e-9, sum(end - begin for begin, end in spans))
-    share = len(spans) / sums["steps"] * len(nodes) if sums.get("steps") else 1.0  # steps of this process, after a resume
+    share = (
+        len(spans) / sums["steps"] * len(nodes) if sums.get("steps") else 1.0
+    )  # steps of this process, after a resume
     return {
         "step": done,
         "tokens_per_second": sums["tokens"] * share / seconds,

@@ -28,12 +28,17 @@ class Plan:
         """The pairs of step ``step`` (from 0)."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._batches = epoch, plan_batches(self.lengths, self.optim.batch_size, self.seed, epoch)
+            self._epoch, self._batches = (
+                epoch,
+                plan_batches(self.lengths, self.optim.batch_size, self.seed, epoch),
+            )
         return self._batches[place]
 
     def micro_batches(self, step: int, rank: int, world: int) -> list[list[int]]:
         """A rank's share of a step; as many for every rank, so some may be empty."""
-        return split_batch(self.batch(step), self.lengths, world, self.optim.batch_tokens, self.optim.layout)[rank]
+        return split_batch(
+            self.batch(step), self.lengths, world, self.optim.batch_tokens, self.optim.layout
+        )[rank]
 
     def pairs_per_token(self, batch: Sequence[int]) -> float:
         return len(batch) / sum(self.lengths[i] for i in batch)
@@ -45,7 +50,11 @@ def learning_rate(step: int, total: int, optim: config.Optim) -> float:
     if step < warmup:
         return optim.lr * (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup)
-    shape = {"cosine": 0.5 * (1.0 + math.cos(math.pi * progress)), "linear": 1.0 - progress, "constant": 1.0}
+    shape = {
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+        "linear": 1.0 - progress,
+        "constant": 1.0,
+    }
     return optim.lr * shape[optim.schedule]
 
 
@@ -77,7 +86,8 @@ def due(
     by_time = checkpoint.every_seconds is not None and since_checkpoint >= checkpoint.every_seconds
     return Due(
         log=last or done % logging.every == 0,
-        validate=last or (logging.validate_every is not None and done % logging.validate_every == 0),
+        validate=last
+        or (logging.validate_every is not None and done % logging.validate_every == 0),
         checkpoint=last or by_steps or by_time or stop_requested,
         stop=stop_requested and not last,
     )

@@ -20,16 +20,26 @@ from ..objectives import bradley_terry_loss, cost_loss, gate_prior, preference_l
 if TYPE_CHECKING:
     from ..models.routed import RoutedCausalLM
 
-Policy = Callable[[TokenBatch], Tensor]  # [S] nats, summed over each response; an engine or a ResponseLogProbs
+Policy = Callable[
+    [TokenBatch], Tensor
+]  # [S] nats, summed over each response; an engine or a ResponseLogProbs
 Metrics = dict[str, Tensor]
-PER_TOKEN = ("safety_gate", "helpfulness_gate", "prior")  # metrics summed over real tokens; all others over pairs
+PER_TOKEN = (
+    "safety_gate",
+    "helpfulness_gate",
+    "prior",
+)  # metrics summed over real tokens; all others over pairs
 
 
 @dataclass
 class StepBatch:
     tokens: TokenBatch  # chosen of pair b is response 2b, rejected 2b + 1
-    signals: Mapping[str, Tensor]  # the table's, each [B]; an expert's: reference_chosen, reference_rejected, margin, ...
-    pairs_per_token: float = 0.0  # of the global batch that this is a part of: its pairs / its real tokens
+    signals: Mapping[
+        str, Tensor
+    ]  # the table's, each [B]; an expert's: reference_chosen, reference_rejected, margin, ...
+    pairs_per_token: float = (
+        0.0  # of the global batch that this is a part of: its pairs / its real tokens
+    )
 
 
 class Step(Protocol):
@@ -54,7 +64,9 @@ class ExpertStep:
         self.policy, self.beta, self.label_smoothing = policy, beta, label_smoothing
 
     def __call__(self, batch: StepBatch) -> tuple[Tensor, Metrics]:
-        losses, metrics = preference(self.policy(batch.tokens), batch, self.beta, self.label_smoothing)
+        losses, metrics = preference(
+            self.policy(batch.tokens), batch, self.beta, self.label_smoothing
+        )
         return losses.sum(), metrics
 
     def untrained(self) -> AbstractContextManager[None]:
@@ -67,7 +79,9 @@ class ExpertStep:
         ln 2 for DPO, softplus(m) for SPE-DPO, s ln 2 for B-DPO; a wrong reference shows at once.
         """
         with self.untrained(), torch.no_grad():
-            losses, _ = preference(self.policy(batch.tokens), batch, self.beta, self.label_smoothing)
+            losses, _ = preference(
+                self.policy(batch.tokens), batch, self.beta, self.label_smoothing
+            )
         zero = torch.zeros_like(losses)
         signals = batch.signals
         expected = preference_loss(
@@ -154,10 +168,14 @@ class ScoreStep:
     def _losses(self, chosen: Tensor, rejected: Tensor, batch: StepBatch) -> Tensor:
         if self.kind == "reward":
             return bradley_terry_loss(chosen, rejected)
-        return cost_loss(chosen, rejected, batch.signals["sign_chosen"], batch.signals["sign_rejected"])
+        return cost_loss(
+            chosen, rejected, batch.signals["sign_chosen"], batch.signals["sign_rejected"]
+        )
 
 
-def preference(log_probabilities: Tensor, batch: StepBatch, beta: float, label_smoothing: float) -> tuple[Tensor, Metrics]:
+def preference(
+    log_probabilities: Tensor, batch: StepBatch, beta: float, label_smoothing: float
+) -> tuple[Tensor, Metrics]:
     """(loss of each pair [B], sums over the pairs) from the policy's [S] log-probabilities."""
     signals = batch.signals
     chosen, rejected = log_probabilities[0::2], log_probabilities[1::2]
@@ -167,7 +185,10 @@ def preference(log_probabilities: Tensor, batch: StepBatch, beta: float, label_s
         weights=weights, scale=signals["scale"], label_smoothing=label_smoothing,
     )  # fmt: skip
     with torch.no_grad():
-        delta_chosen, delta_rejected = chosen - signals["reference_chosen"], rejected - signals["reference_rejected"]
+        delta_chosen, delta_rejected = (
+            chosen - signals["reference_chosen"],
+            rejected - signals["reference_rejected"],
+        )
         metrics = {
             "loss": losses.sum(),
             "accuracy": (beta * delta_chosen > beta * delta_rejected).sum(),
@@ -185,4 +206,8 @@ def preference(log_probabilities: Tensor, batch: StepBatch, beta: float, label_s
 
 def _counts(batch: StepBatch, pairs: int) -> Metrics:
     real = (batch.tokens.document_ids >= 0).sum()
-    return {"pairs": torch.full_like(real, pairs), "tokens": real, "padding": batch.tokens.document_ids.numel() - real}
+    return {
+        "pairs": torch.full_like(real, pairs),
+        "tokens": real,
+        "padding": batch.tokens.document_ids.numel() - real,
+    }

@@ -14,7 +14,14 @@ from ..data.batching import Document
 from ..storage import Storage
 
 TOKENS = ("prompt", "chosen", "rejected")
-SIGNALS = ("reference_chosen", "reference_rejected", "margin", "weight_chosen", "weight_rejected", "scale")
+SIGNALS = (
+    "reference_chosen",
+    "reference_rejected",
+    "margin",
+    "weight_chosen",
+    "weight_rejected",
+    "scale",
+)
 
 
 def schema(signals: Sequence[str]) -> pa.Schema:
@@ -32,7 +39,9 @@ class StageTable:
     The columns stay in Arrow's memory; Python lists are made for the rows of one batch at a time.
     """
 
-    names: tuple[str, ...] = SIGNALS  # margin: lambda applied, 0 where none; weights and scale: 1 where none
+    names: tuple[str, ...] = (
+        SIGNALS  # margin: lambda applied, 0 where none; weights and scale: 1 where none
+    )
 
     def __init__(self, table: pa.Table) -> None:
         wanted = schema(self.names)
@@ -45,7 +54,9 @@ class StageTable:
         self._signals = torch.from_numpy(np.stack(columns)).to(torch.float32)  # [signal, B]
         if not bool(torch.isfinite(self._signals).all()):
             row = int((~torch.isfinite(self._signals)).any(dim=0).nonzero()[0])
-            raise ValueError(f"stage table: {self.arrow['id'][row].as_py()}: a signal is not finite")
+            raise ValueError(
+                f"stage table: {self.arrow['id'][row].as_py()}: a signal is not finite"
+            )
 
     def __len__(self) -> int:
         return int(self.arrow.num_rows)
@@ -67,7 +78,9 @@ class StageTable:
     def split(self) -> tuple[StageTable, StageTable]:
         """(training rows, validation rows)."""
         held_out = self.arrow["validation"]
-        return type(self)(self.arrow.filter(pa.compute.invert(held_out))), type(self)(self.arrow.filter(held_out))
+        return type(self)(self.arrow.filter(pa.compute.invert(held_out))), type(self)(
+            self.arrow.filter(held_out)
+        )
 
     def ids(self, indices: Sequence[int]) -> list[str]:
         """FILE:LINE of some rows."""
@@ -80,7 +93,13 @@ class StageTable:
 
     def signals(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Every signal of some rows, each [B] float32."""
-        return dict(zip(self.names, self._signals[:, torch.as_tensor(list(indices), dtype=torch.long)], strict=True))
+        return dict(
+            zip(
+                self.names,
+                self._signals[:, torch.as_tensor(list(indices), dtype=torch.long)],
+                strict=True,
+            )
+        )
 
     def lengths(self, layout: str) -> list[int]:
         """Tokens of every pair as it stands in a batch: the prompt counts once, or twice where each response has its own row."""
@@ -91,7 +110,10 @@ class StageTable:
 class ScoreTable(StageTable):
     """What a score model trains on: chosen is the better or the safer response."""
 
-    names = ("sign_chosen", "sign_rejected")  # +1 the response is unsafe, -1 it is safe, 0 nobody said
+    names = (
+        "sign_chosen",
+        "sign_rejected",
+    )  # +1 the response is unsafe, -1 it is safe, 0 nobody said
 
 
 class _lists:

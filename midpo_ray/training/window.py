@@ -21,14 +21,24 @@ class Window:
     def __init__(self, group: Group) -> None:
         self.group = group
         self._sums: dict[str, Tensor] = {}
-        self._seen: list[tuple[int, list[int], Tensor]] = []  # (step, rows, loss or norm) since the last read
+        self._seen: list[
+            tuple[int, list[int], Tensor]
+        ] = []  # (step, rows, loss or norm) since the last read
 
-    def add(self, step: int, rows: Sequence[int], values: Mapping[str, Tensor | float], watch: Tensor | float) -> None:
+    def add(
+        self,
+        step: int,
+        rows: Sequence[int],
+        values: Mapping[str, Tensor | float],
+        watch: Tensor | float,
+    ) -> None:
         """Adds to the sums; ``watch`` (a loss, a norm) must be finite, or ``rows`` of ``step`` are named at the next ``read``."""
         for name, value in values.items():
             value = torch.as_tensor(value, device=self.group.device).double()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._seen.append((step, list(rows), torch.as_tensor(watch, device=self.group.device).detach().double()))
+        self._seen.append(
+            (step, list(rows), torch.as_tensor(watch, device=self.group.device).detach().double())
+        )
 
     def read(self, name_rows: Callable[[list[int]], list[str]]) -> list[Sums]:
         """Every rank's sums, on all ranks, which all call it; the one place that waits for the device.
@@ -37,8 +47,19 @@ class Window:
             UserError: on all ranks, where a loss or a gradient since the last read is not finite; it names the rows.
         """
         values = torch.stack(list(self._sums.values())).tolist() if self._sums else []
-        watched = torch.stack([watch for _, _, watch in self._seen]).isfinite().tolist() if self._seen else []
-        bad = next(((s, name_rows(rows)) for (s, rows, _), fine in zip(self._seen, watched, strict=True) if not fine), None)
+        watched = (
+            torch.stack([watch for _, _, watch in self._seen]).isfinite().tolist()
+            if self._seen
+            else []
+        )
+        bad = next(
+            (
+                (s, name_rows(rows))
+                for (s, rows, _), fine in zip(self._seen, watched, strict=True)
+                if not fine
+            ),
+            None,
+        )
         self._seen.clear()
         found = self.group.gather((dict(zip(self._sums, values, strict=True)), bad))
         faults = [fault for _, fault in found if fault]
@@ -60,11 +81,18 @@ class Window:
             mine = ranks[self.group.rank]
         else:
             mine = total(ranks) if self.group.rank == 0 else dict.fromkeys(total(ranks), 0.0)
-        self._sums = {k: torch.tensor(v, dtype=torch.float64, device=self.group.device) for k, v in mine.items()}
+        self._sums = {
+            k: torch.tensor(v, dtype=torch.float64, device=self.group.device)
+            for k, v in mine.items()
+        }
 
 
 def total(ranks: Sequence[Sums]) -> Sums:
-    return {name: math.fsum(sums.get(name, 0.0) for sums in ranks) for name in ranks[0]} if ranks else {}
+    return (
+        {name: math.fsum(sums.get(name, 0.0) for sums in ranks) for name in ranks[0]}
+        if ranks
+        else {}
+    )
 
 
 def means(sums: Sums) -> dict[str, float]:

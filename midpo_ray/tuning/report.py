@@ -30,7 +30,16 @@ def rows(sweep: Sweep) -> list[Row]:
             state = "failed" if "failed" in sweep.records[unit.id] else verdict.state
             share = sweep.rungs[len(curve) - 1] if curve else 0.0
             keys = {k: sweep.points[number].get(k) for k in sweep.space.space}
-            table.append({"point": number, "seed": seed, "state": state, "share": share, **keys, **(curve[-1] if curve else {})})
+            table.append(
+                {
+                    "point": number,
+                    "seed": seed,
+                    "state": state,
+                    "share": share,
+                    **keys,
+                    **(curve[-1] if curve else {}),
+                }
+            )
     return table
 
 
@@ -46,11 +55,20 @@ def write(sweep: Sweep, config: Config, name: str, command: str, say: Say) -> No
     sink = pa.BufferOutputStream()
     pacsv.write_csv(arrow, sink)
     sweep.run.write("results.csv", sink.getvalue().to_pybytes())
-    ends = {p: [r for r in table if r["point"] == p and r["state"] == "finished"] for p in range(len(sweep.points))}
+    ends = {
+        p: [r for r in table if r["point"] == p and r["state"] == "finished"]
+        for p in range(len(sweep.points))
+    }
     ends = {p: e for p, e in ends.items() if e}
     if not ends:
-        faults = [f for p in range(len(sweep.points)) if (f := sweep.records[sweep.unit(p).id].get("failed"))]
-        raise UserError(f"no trial came to its end; the first fault: {faults[0] if faults else 'none'}")
+        faults = [
+            f
+            for p in range(len(sweep.points))
+            if (f := sweep.records[sweep.unit(p).id].get("failed"))
+        ]
+        raise UserError(
+            f"no trial came to its end; the first fault: {faults[0] if faults else 'none'}"
+        )
     means = {p: {m: interval([r[m] for r in e])[0] for m in metrics} for p, e in ends.items()}
     numbers = list(means)
     winner = numbers[choose(list(means.values()), metrics, sweep.space.rule())]
@@ -58,26 +76,39 @@ def write(sweep: Sweep, config: Config, name: str, command: str, say: Say) -> No
     lines = [_line(p, ends, sweep, p in front) for p in numbers]
     values = [f"{k} {v}" for k, v in sweep.points[winner].items()]
     says = f"winner by {sweep.space.select}: point {winner}: {', '.join(values)}"
-    best = at(config, sweep.space, sweep.points[winner], "best.yaml").model_copy(update={"name": f"{config.name}-best-{name}"})
+    best = at(config, sweep.space, sweep.points[winner], "best.yaml").model_copy(
+        update={"name": f"{config.name}-best-{name}"}
+    )
     seen = sweep.curve(sweep.unit(winner))[-1]
     header = [
         f"From the sweep {command}",
         f"in {sweep.run.uri}: point {winner} of {len(sweep.points)}, chosen by {sweep.space.select}",
         *values,
-        "Held-out pairs, as the sweep measured them: " + ", ".join(f"{k} {v:.6f}" for k, v in seen.items()),
+        "Held-out pairs, as the sweep measured them: "
+        + ", ".join(f"{k} {v:.6f}" for k, v in seen.items()),
     ]
-    sweep.run.write("best.yaml", "".join(f"# {' '.join(h.split())}\n" for h in header).encode() + dump(best).encode())
-    sweep.run.write("report.html", _page(name, [command, says, _clock(sweep, table)], table, lines, front, sweep).encode())
+    sweep.run.write(
+        "best.yaml",
+        "".join(f"# {' '.join(h.split())}\n" for h in header).encode() + dump(best).encode(),
+    )
+    sweep.run.write(
+        "report.html",
+        _page(name, [command, says, _clock(sweep, table)], table, lines, front, sweep).encode(),
+    )
     for line in lines:
         say("  ".join(f"{k} {v}" for k, v in line.items()))
-    say(f"{says}\n{_clock(sweep, table)}\nreport: {sweep.run.uri}/report.html\nbest recipe: {sweep.run.uri}/best.yaml")
+    say(
+        f"{says}\n{_clock(sweep, table)}\nreport: {sweep.run.uri}/report.html\nbest recipe: {sweep.run.uri}/best.yaml"
+    )
     if sweep.space.seeds < 2:
         say("one seed a point: differences may be noise; --seeds 3 gives intervals")
 
 
 def _column(values: list[Any]) -> pa.Array:
     """A column of numbers, or of texts where a value is something else."""
-    plain = all(v is None or (isinstance(v, int | float) and not isinstance(v, bool)) for v in values)
+    plain = all(
+        v is None or (isinstance(v, int | float) and not isinstance(v, bool)) for v in values
+    )
     if plain and any(isinstance(v, float) for v in values):
         return pa.array([None if v is None else float(v) for v in values], pa.float64())
     return pa.array(values) if plain else pa.array([None if v is None else str(v) for v in values])
@@ -86,7 +117,10 @@ def _column(values: list[Any]) -> pa.Array:
 def _line(point: int, ends: dict[int, list[Row]], sweep: Sweep, front: bool) -> dict[str, str]:
     """A finished point: its values, its metrics as mean ± half interval, and against the first point, paired by seed."""
     mine = ends[point]
-    line = {"point": f"{point}{'*' if front else ''}", **{k: _number(mine[0][k]) for k in sweep.space.space}}
+    line = {
+        "point": f"{point}{'*' if front else ''}",
+        **{k: _number(mine[0][k]) for k in sweep.space.space},
+    }
     first = {r["seed"]: r for r in ends.get(0, ())}
     for metric in sweep.space.metrics:
         line[metric] = _pm(*interval([r[metric] for r in mine]))
@@ -106,7 +140,12 @@ def _pm(middle: float, half: float | None) -> str:
 
 def _clock(sweep: Sweep, table: Sequence[Row]) -> str:
     """What start-up took of the trials' time."""
-    clocks = [c for r in table if "stepped" in (c := sweep.records[sweep.unit(r["point"], r["seed"]).id].get("clock") or [{}])[0]]
+    clocks = [
+        c
+        for r in table
+        if "stepped"
+        in (c := sweep.records[sweep.unit(r["point"], r["seed"]).id].get("clock") or [{}])[0]
+    ]
     starts = [c[0]["stepped"] - c[0]["asked"] for c in clocks]
     whole = sum(max(e["ended"] for e in c) - c[0]["asked"] for c in clocks)
     if not starts:
@@ -118,21 +157,40 @@ def _clock(sweep: Sweep, table: Sequence[Row]) -> str:
 COLOURS = {"finished": "#1f77b4", "stopped": "#bbbbbb", "failed": "#d62728"}
 
 
-def _page(name: str, notes: list[str], table: list[Row], lines: list[dict[str, str]], front: list[int], sweep: Sweep) -> str:
+def _page(
+    name: str,
+    notes: list[str],
+    table: list[Row],
+    lines: list[dict[str, str]],
+    front: list[int],
+    sweep: Sweep,
+) -> str:
     metrics, keys = list(sweep.space.metrics), list(sweep.space.space)
     ended = [r for r in table if metrics[0] in r]
     plots = []
     for metric in metrics:
         for key in keys:
-            marks = [([(r[key], r[metric])], COLOURS[r["state"]]) for r in ended if r[key] is not None]
+            marks = [
+                ([(r[key], r[metric])], COLOURS[r["state"]]) for r in ended if r[key] is not None
+            ]
             plots.append(chart(f"{metric} against {key}", marks, key, metric))
     for metric in metrics if len(keys) > 1 else ():
-        shown = [r for r in ended if r["state"] == "finished" and None not in (r[keys[0]], r[keys[1]])]
+        shown = [
+            r for r in ended if r["state"] == "finished" and None not in (r[keys[0]], r[keys[1]])
+        ]
         values = [r[metric] for r in shown]
         if not values:
             continue
         marks = [([(r[keys[0]], r[keys[1]])], _heat(r[metric], values)) for r in shown]
-        plots.append(chart(f"{metric}, light to dark: {min(values):.4g} to {max(values):.4g}", marks, keys[0], keys[1], size=9))
+        plots.append(
+            chart(
+                f"{metric}, light to dark: {min(values):.4g} to {max(values):.4g}",
+                marks,
+                keys[0],
+                keys[1],
+                size=9,
+            )
+        )
     if len(metrics) > 1:
         x, y = metrics[:2]
         marks = [([(r[x], r[y])], COLOURS[r["state"]]) for r in ended]
@@ -142,15 +200,33 @@ def _page(name: str, notes: list[str], table: list[Row], lines: list[dict[str, s
         curves = []
         for row in ended:
             curve = sweep.curve(sweep.unit(row["point"], row["seed"]))
-            points = [(s, v[metric]) for s, v in zip(sweep.rungs, curve, strict=False) if s <= row["share"]]
+            points = [
+                (s, v[metric])
+                for s, v in zip(sweep.rungs, curve, strict=False)
+                if s <= row["share"]
+            ]
             curves.append((points, COLOURS[row["state"]]))
         plots.append(chart("learning curves (grey: stopped)", curves, "share of the steps", metric))
     axes = [a for a in (*keys, *metrics) if any(r[a] is not None for r in ended)]
     scales = {a: scale([r[a] for r in ended if r[a] is not None]) for a in axes}
-    marks = [([(a, scales[a][0](r[a])) for a in axes if r[a] is not None], COLOURS[r["state"]]) for r in ended]
-    plots.append(chart("parallel coordinates (each axis from its least to its most)", marks, "", "", width=140 * len(axes) + 90))
+    marks = [
+        ([(a, scales[a][0](r[a])) for a in axes if r[a] is not None], COLOURS[r["state"]])
+        for r in ended
+    ]
+    plots.append(
+        chart(
+            "parallel coordinates (each axis from its least to its most)",
+            marks,
+            "",
+            "",
+            width=140 * len(axes) + 90,
+        )
+    )
     heads = list(dict.fromkeys(h for line in lines for h in line))
-    cells = "".join("<tr>" + "".join(f"<td>{escape(line.get(h, ''))}</td>" for h in heads) + "</tr>" for line in lines)
+    cells = "".join(
+        "<tr>" + "".join(f"<td>{escape(line.get(h, ''))}</td>" for h in heads) + "</tr>"
+        for line in lines
+    )
     return (
         f"<!doctype html><meta charset='utf-8'><title>{escape(name)}</title><style>body{{font:14px sans-serif;margin:2em}}"
         "td,th{padding:2px 10px;text-align:right}svg{margin:6px}</style>"
@@ -182,14 +258,27 @@ def scale(values: Sequence[Any]) -> tuple[Callable[[Any], float], dict[str, floa
             return 1.0
         if log and value <= 0:
             return 0.0
-        return 0.1 + 0.8 * (((math.log(value) if log else value) - low) / (high - low) if high > low else 0.5)
+        return 0.1 + 0.8 * (
+            ((math.log(value) if log else value) - low) / (high - low) if high > low else 0.5
+        )
 
-    ends = {finite[0], *(above[:1] if log else ()), finite[-1], *(v for v in values if not math.isfinite(v))}
+    ends = {
+        finite[0],
+        *(above[:1] if log else ()),
+        finite[-1],
+        *(v for v in values if not math.isfinite(v)),
+    }
     return place, {f"{v:.3g}": place(v) for v in sorted(ends)}
 
 
 def chart(
-    title: str, series: Sequence[tuple[Sequence[tuple[Any, Any]], str]], x: str, y: str, *, size: int = 4, width: int = 460
+    title: str,
+    series: Sequence[tuple[Sequence[tuple[Any, Any]], str]],
+    x: str,
+    y: str,
+    *,
+    size: int = 4,
+    width: int = 460,
 ) -> str:
     """An SVG of points, joined where a series has several: series are (points, colour); x and y name the axes."""
     points = [p for s, _ in series for p in s]
@@ -209,12 +298,19 @@ def chart(
              f"<text transform='translate(14,{low / 2}) rotate(-90)' text-anchor='middle'>{escape(y)}</text>"]  # fmt: skip
     for text, place in ticks_x.items():
         across = left + (width - left - 30) * place
-        parts.append(f"<text x='{across:.1f}' y='{low + 16}' text-anchor='middle'>{escape(text)}</text>")
+        parts.append(
+            f"<text x='{across:.1f}' y='{low + 16}' text-anchor='middle'>{escape(text)}</text>"
+        )
     for text, place in ticks_y.items():
-        parts.append(f"<text x='{left - 5}' y='{low - (low - 35) * place + 4:.1f}' text-anchor='end'>{escape(text)}</text>")
+        parts.append(
+            f"<text x='{left - 5}' y='{low - (low - 35) * place + 4:.1f}' text-anchor='end'>{escape(text)}</text>"
+        )
     for line, colour in series:
         path = " ".join(f"{at_x(a):.1f},{at_y(b):.1f}" for a, b in line)
         if len(line) > 1:
             parts.append(f"<polyline points='{path}' fill='none' stroke='{colour}'/>")
-        parts += [f"<circle cx='{at_x(a):.1f}' cy='{at_y(b):.1f}' r='{size}' fill='{colour}'/>" for a, b in line]
+        parts += [
+            f"<circle cx='{at_x(a):.1f}' cy='{at_y(b):.1f}' r='{size}' fill='{colour}'/>"
+            for a, b in line
+        ]
     return f"<svg width='{width}' height='{height}' font-size='11'>{''.join(parts)}</svg>"

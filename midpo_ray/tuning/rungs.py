@@ -47,11 +47,17 @@ def beats(a: Values, b: Values, metrics: Directions) -> bool:
 
 def goes_on(mine: Values, before: Sequence[Values], metrics: Directions, reduction: int) -> bool:
     """Whether fewer than 1/reduction of those before beat this one; the first ``reduction`` trials always go on."""
-    return len(before) < reduction or sum(beats(b, mine, metrics) for b in before) * reduction < len(before)
+    return len(before) < reduction or sum(
+        beats(b, mine, metrics) for b in before
+    ) * reduction < len(before)
 
 
 def judge(
-    curves: Sequence[Sequence[Values]], failed: Sequence[bool], rungs: int, reduction: int, metrics: Directions
+    curves: Sequence[Sequence[Values]],
+    failed: Sequence[bool],
+    rungs: int,
+    reduction: int,
+    metrics: Directions,
 ) -> list[Verdict]:
     """The verdict on every trial, in the sweep's order.
 
@@ -60,7 +66,9 @@ def judge(
         failed: whether it ended by a fault of its own.
     """
     seen: list[list[Values]] = [[] for _ in range(rungs)]
-    complete = [True] * rungs  # every trial so far has told its value at the rung, or is known to end before it
+    complete = [
+        True
+    ] * rungs  # every trial so far has told its value at the rung, or is known to end before it
     verdicts = []
     for curve, fault in zip(curves, failed, strict=True):
         verdict = None
@@ -110,7 +118,9 @@ def choose(points: Sequence[Values], metrics: Directions, rule: Sequence[str]) -
             candidates = [i for i in candidates if meets(points[i][metric], float(bound))]
             if not candidates:
                 told = ", ".join(f"{p[metric]:.4g}" for p in points)
-                raise UserError(f"--select: no finished point has {metric} {sign} {bound}; they have {told}")
+                raise UserError(
+                    f"--select: no finished point has {metric} {sign} {bound}; they have {told}"
+                )
         return max(candidates, key=lambda i: (gain(i, rule[-1]), -i))
     front = pareto(points, metrics)
 

@@ -22,7 +22,9 @@ from ..errors import UserError
 Point = dict[str, Any]
 MEASURED = ("accuracy", "loss", "reward_margin")  # of the held-out pairs, at every rung
 DISTRIBUTIONS = ("uniform", "loguniform", "quniform", "randint", "choice")
-_VARIED = re.compile(r"experts\.(\*|safety|helpfulness)\.(objective|optim)\.|lora\.|router\.(?!group)")
+_VARIED = re.compile(
+    r"experts\.(\*|safety|helpfulness)\.(objective|optim)\.|lora\.|router\.(?!group)"
+)
 _BOUNDED = re.compile(r"(\S+?)\s*(>=|<=)\s*(-?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s+then\s+(\S+)")
 
 
@@ -35,7 +37,9 @@ class Key(Section):
     quniform: tuple[float, float, float] | None = None  # low, high, and what they are multiples of
     randint: tuple[int, int] | None = None  # the upper bound is left out, as Ray Tune does
     choice: tuple[Any, ...] | None = Field(None, min_length=1)
-    when: dict[str, tuple[Any, ...]] = Field({})  # drawn only where earlier keys have one of these values
+    when: dict[str, tuple[Any, ...]] = Field(
+        {}
+    )  # drawn only where earlier keys have one of these values
 
     @property
     def drawn(self) -> tuple[str, tuple[Any, ...]]:
@@ -50,9 +54,13 @@ class Key(Section):
             return self
         low, high, *step = bounds
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise ValueError(f"the range [{low}, {high}] is not finite: give .inf by choice or points")
+            raise ValueError(
+                f"the range [{low}, {high}] is not finite: give .inf by choice or points"
+            )
         if low >= high:
-            raise ValueError(f"the range [{low}, {high}] is {'empty' if low == high else 'reversed'}")
+            raise ValueError(
+                f"the range [{low}, {high}] is {'empty' if low == high else 'reversed'}"
+            )
         if name == "loguniform" and low <= 0:
             raise ValueError(f"a loguniform range begins above 0, this one at {low}")
         if step and not 0 < step[0] <= high - low:
@@ -70,26 +78,40 @@ class Scheduler(Section):
 
     name: Literal["asha", "none"] = "asha"
     grace: float = Field(0.25, gt=0, lt=1)  # share of a trial's steps before the first decision
-    reduction: int = Field(3, gt=1)  # one in so many goes on; decisions at grace, grace * reduction, ...
+    reduction: int = Field(
+        3, gt=1
+    )  # one in so many goes on; decisions at grace, grace * reduction, ...
 
     def rungs(self) -> tuple[float, ...]:
-        shares = [round(self.grace * self.reduction**k, 6) for k in range(64)] if self.name == "asha" else []
+        shares = (
+            [round(self.grace * self.reduction**k, 6) for k in range(64)]
+            if self.name == "asha"
+            else []
+        )
         return (*(s for s in shares if s < 1), 1.0)
 
 
 class Space(Section):
     about: str = ""
-    stages: tuple[Stage, ...] = Field(min_length=1)  # what a trial trains: one or both experts, or the router
+    stages: tuple[Stage, ...] = Field(
+        min_length=1
+    )  # what a trial trains: one or both experts, or the router
     set: dict[str, Any] = Field({})  # recipe keys that all trials share
     space: dict[str, Key] = Field(min_length=1)
-    points: tuple[Point, ...] = ()  # tried first; the very first is what all others are compared with
+    points: tuple[
+        Point, ...
+    ] = ()  # tried first; the very first is what all others are compared with
     metrics: dict[str, Literal["max", "min"]] = Field(min_length=1)  # two or more: a Pareto front
     search: Literal["random", "grid", "optuna"] = "random"
     samples: int | None = Field(None, gt=0)  # points, those given included; a grid's default is all
     seeds: int = Field(1, gt=0)  # trainings of every point that is not stopped
     scheduler: Scheduler = Scheduler()
-    concurrency: int | Literal["auto"] = Field("auto")  # trials at a time; auto: what the cluster holds
-    select: str = "knee"  # knee, METRIC, or "METRIC>=X then METRIC"; a stage's name stands for its accuracy
+    concurrency: int | Literal["auto"] = Field(
+        "auto"
+    )  # trials at a time; auto: what the cluster holds
+    select: str = (
+        "knee"  # knee, METRIC, or "METRIC>=X then METRIC"; a stage's name stands for its accuracy
+    )
 
     @model_validator(mode="after")
     def _sound(self) -> Space:
@@ -101,7 +123,9 @@ class Space(Section):
         keys = list(self.space)
         for place, (name, key) in enumerate(self.space.items()):
             if late := key.when.keys() - set(keys[:place]):
-                raise ValueError(f"space.{name}.when: {late.pop()} is not a key that stands before it")
+                raise ValueError(
+                    f"space.{name}.when: {late.pop()} is not a key that stands before it"
+                )
             if self.search == "grid" and key.choice is None:
                 raise ValueError(f"space.{name}: a grid needs choice, this is {key.drawn[0]}")
         for point in self.points:
@@ -112,7 +136,9 @@ class Space(Section):
         if isinstance(self.concurrency, int) and self.concurrency < 1:
             raise ValueError(f"concurrency is {self.concurrency}, at least 1 is expected")
         if self.search == "optuna" and self.concurrency == "auto":
-            raise ValueError("concurrency: optuna needs a number, for its points must not depend on the cluster")
+            raise ValueError(
+                "concurrency: optuna needs a number, for its points must not depend on the cluster"
+            )
         self.rule()
         return self
 
@@ -133,16 +159,24 @@ class Space(Section):
         match = _BOUNDED.fullmatch(self.select.strip())
         names = (match[1], match[4]) if match else (self.select,)
         if match is None and not re.fullmatch(r"[\w.]+", self.select):
-            raise ValueError(f"select {self.select!r}: knee, METRIC, or 'METRIC>=X then METRIC' is expected")
+            raise ValueError(
+                f"select {self.select!r}: knee, METRIC, or 'METRIC>=X then METRIC' is expected"
+            )
         full = [self.metric(n) for n in names]
         if other := set(full) - self.metrics.keys():
-            raise ValueError(f"select: {other.pop()} is not among the sweep's metrics ({', '.join(self.metrics)})")
+            raise ValueError(
+                f"select: {other.pop()} is not among the sweep's metrics ({', '.join(self.metrics)})"
+            )
         return (full[0], match[2], match[3], full[1]) if match else (full[0],)
 
     def expand(self, key: str) -> list[str]:
         """The recipe's keys that one of the space's stands for."""
         head, tail = key[:10], key[10:]
-        return [f"experts.{s}.{tail}" for s in self.stages if s in EXPERTS] if head == "experts.*." else [key]
+        return (
+            [f"experts.{s}.{tail}" for s in self.stages if s in EXPERTS]
+            if head == "experts.*."
+            else [key]
+        )
 
     def draw(self, pick: Callable[[str, Key], Any]) -> Point:
         """A point of the keys that matter in it; ``pick`` gives a key's value."""
@@ -178,7 +212,9 @@ def fix(config: Config, space: Space, path: str) -> Config:
             at(fixed, space, {name: value}, f"space {path}: space.{name}")
         if not _VARIED.match(name):
             what = "experts.*.objective, experts.*.optim, lora and router"
-            raise UserError(f"space {path}: space.{name}: frozen signals or placement hang on it; a sweep varies {what}")
+            raise UserError(
+                f"space {path}: space.{name}: frozen signals or placement hang on it; a sweep varies {what}"
+            )
     for number, point in enumerate(space.points):
         at(fixed, space, point, f"space {path}: points.{number}")
     return fixed
@@ -190,9 +226,15 @@ def at(config: Config, space: Space, point: Point, where: str) -> Config:
     for name, value in point.items():
         keys = [k.split(".") for k in space.expand(name)]
         for *parents, last in keys:
-            stage = parents[1] if parents[:1] == ["experts"] and len(parents) > 1 else "".join(parents[:1])
+            stage = (
+                parents[1]
+                if parents[:1] == ["experts"] and len(parents) > 1
+                else "".join(parents[:1])
+            )
             if stage in (*EXPERTS, "router") and stage not in space.stages:
-                raise UserError(f"{where}: {name} is of a stage that is not trained here ({', '.join(space.stages)})")
+                raise UserError(
+                    f"{where}: {name} is of a stage that is not trained here ({', '.join(space.stages)})"
+                )
             node: Any = raw
             for part in parents:
                 node = node.setdefault(part, {}) if isinstance(node, dict) else None
@@ -200,7 +242,9 @@ def at(config: Config, space: Space, point: Point, where: str) -> Config:
                 raise UserError(f"{where}: {name} is no key of the recipe")
             node[last] = value
         if not keys:
-            raise UserError(f"{where}: {name} is of the experts, which are not trained here ({', '.join(space.stages)})")
+            raise UserError(
+                f"{where}: {name} is of the experts, which are not trained here ({', '.join(space.stages)})"
+            )
     return validate(raw, where)
 
 
@@ -238,11 +282,17 @@ class Optuna:
         try:
             import optuna
         except ImportError:
-            raise UserError("search is optuna, but the package is not installed: pip install 'midpo_ray[tune]'") from None
+            raise UserError(
+                "search is optuna, but the package is not installed: pip install 'midpo_ray[tune]'"
+            ) from None
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.space, self.asked = space, dict[int, Any]()
-        directions: list[Any] = ["maximize" if d == "max" else "minimize" for d in space.metrics.values()]
-        self.study = optuna.create_study(directions=directions, sampler=optuna.samplers.TPESampler(seed=seed))
+        directions: list[Any] = [
+            "maximize" if d == "max" else "minimize" for d in space.metrics.values()
+        ]
+        self.study = optuna.create_study(
+            directions=directions, sampler=optuna.samplers.TPESampler(seed=seed)
+        )
 
     def ask(self, number: int) -> Point:
         trial = self.asked[number] = self.study.ask()
@@ -254,7 +304,9 @@ class Optuna:
             if kind == "randint":
                 return trial.suggest_int(name, bounds[0], bounds[1] - 1)
             step = bounds[2] if kind == "quniform" else None
-            return trial.suggest_float(name, bounds[0], bounds[1], log=kind == "loguniform", step=step)
+            return trial.suggest_float(
+                name, bounds[0], bounds[1], log=kind == "loguniform", step=step
+            )
 
         return self.space.draw(pick)
 
@@ -263,4 +315,8 @@ class Optuna:
         from optuna.trial import TrialState
 
         if number in self.asked:
-            self.study.tell(self.asked.pop(number), values, state=TrialState.COMPLETE if values else TrialState.FAIL)
+            self.study.tell(
+                self.asked.pop(number),
+                values,
+                state=TrialState.COMPLETE if values else TrialState.FAIL,
+            )

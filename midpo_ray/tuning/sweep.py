@@ -55,14 +55,21 @@ class Sweep:
 
     def __post_init__(self) -> None:
         self.rungs = self.space.scheduler.rungs()
-        self.optuna = Optuna(self.space, self.config.seed) if self.space.search == "optuna" else None
+        self.optuna = (
+            Optuna(self.space, self.config.seed) if self.space.search == "optuna" else None
+        )
         self.grid = grid(self.space) if self.space.search == "grid" else None
 
     def unit(self, point: int, seed: int = 0) -> Unit:
         if (point, seed) not in self.units:
             config = at(self.config, self.space, self.points[point], f"point {point}")
-            config = config.model_copy(update={"training_seed": self.config.seed_of_training + seed})
-            trained = (config.lora, config.router if "router" in self.space.stages else config.experts)
+            config = config.model_copy(
+                update={"training_seed": self.config.seed_of_training + seed}
+            )
+            trained = (
+                config.lora,
+                config.router if "router" in self.space.stages else config.experts,
+            )
             unit = Unit(point, seed, config, digest(self.key, *trained, config.training_seed))
             self.units[point, seed] = unit
             self.records[unit.id] = read_record(self.run, unit.id) or {}
@@ -78,7 +85,9 @@ class Sweep:
         units = [self.unit(p) for p in range(len(self.points))]
         failed = ["failed" in self.records[u.id] for u in units]
         reduction = self.space.scheduler.reduction
-        return judge([self.curve(u) for u in units], failed, len(self.rungs), reduction, self.space.metrics)
+        return judge(
+            [self.curve(u) for u in units], failed, len(self.rungs), reduction, self.space.metrics
+        )
 
     def todo(self) -> list[Unit]:
         """What may run now, in order: points that are not judged, then the other seeds of those that were not stopped."""
@@ -89,7 +98,9 @@ class Sweep:
             wanted = ("finished",) if seed else ("waiting", "undecided")
             for number, verdict in enumerate(self.verdicts()):
                 unit = self.unit(number, seed)
-                ended = len(self.curve(unit)) == len(self.rungs) or "failed" in self.records[unit.id]
+                ended = (
+                    len(self.curve(unit)) == len(self.rungs) or "failed" in self.records[unit.id]
+                )
                 if verdict.state in wanted and not ended:
                     units.append(unit)
         return units
@@ -108,7 +119,9 @@ class Sweep:
         if any(v.state in ("waiting", "undecided") for v in known):
             return None
         for i, verdict in enumerate(known):
-            last = self.curve(self.unit(i))[: verdict.rungs][-1:] if verdict.state != "failed" else []
+            last = (
+                self.curve(self.unit(i))[: verdict.rungs][-1:] if verdict.state != "failed" else []
+            )
             self.optuna.tell(i, [values[m] for values in last for m in self.space.metrics] or None)
         return self.optuna.ask(number)
 
@@ -146,12 +159,25 @@ def tune(
     folder = Storage(run_dir or f"runs/{config.name}-tune-{name}")
     Manifest(folder).refuse_other(config)
     parts, until = fingerprints(fixed), "dual" if "router" in space.stages else "score"
-    key = digest([parts[s] for s in (("score", "safety", "helpfulness") if until == "dual" else ("score",))], fixed.deepspeed)
-    free = {"about", "samples", "seeds", "select", *(() if space.search == "optuna" else ("concurrency",))}
+    key = digest(
+        [parts[s] for s in (("score", "safety", "helpfulness") if until == "dual" else ("score",))],
+        fixed.deepspeed,
+    )
+    free = {
+        "about",
+        "samples",
+        "seeds",
+        "select",
+        *(() if space.search == "optuna" else ("concurrency",)),
+    }
     identity = digest(key, fixed.lora, fixed.experts, fixed.router, space.model_dump(exclude=free))
-    known: dict[str, Any] = json.loads(folder.read(STATE)) if folder.exists(STATE) else {"of": identity, "samples": 0}
+    known: dict[str, Any] = (
+        json.loads(folder.read(STATE)) if folder.exists(STATE) else {"of": identity, "samples": 0}
+    )
     if known["of"] != identity:
-        raise UserError(f"{folder.uri}: holds a sweep of another space or recipe; name another --run-dir")
+        raise UserError(
+            f"{folder.uri}: holds a sweep of another space or recipe; name another --run-dir"
+        )
 
     count = max(known["samples"], space.samples or len(grid(space)))
     if space.search == "grid":
@@ -163,7 +189,9 @@ def tune(
         sweep.samples = min(sweep.samples, len(sweep.grid))
     folder.write(STATE, json.dumps({"of": identity, "samples": sweep.samples}).encode())
     if todo := sweep.todo():
-        say(f"sweep {folder.uri}: {sweep.samples} points, {len(todo)} trials to run or to go on with")
+        say(
+            f"sweep {folder.uri}: {sweep.samples} points, {len(todo)} trials to run or to go on with"
+        )
         session = cluster.connect(address)
         try:
             run(fixed, address, run_dir=folder.uri, until=until, say=say)
@@ -191,7 +219,11 @@ def _run_trials(sweep: Sweep, say: Say) -> None:
     # The trial itself then stays on the head and takes nothing there: a sliver of a one-CPU node would keep a worker out.
     in_place = group.min_workers == 1
     bundle = cluster.bundle(group) if in_place else {"node:__internal_head__": 0.001}
-    selector = {"bundle_label_selector": [dict(group.label_selector)]} if in_place and group.label_selector else {}
+    selector = (
+        {"bundle_label_selector": [dict(group.label_selector)]}
+        if in_place and group.label_selector
+        else {}
+    )
     order, stop = _tune_parts(sweep, group.min_workers, min(slots, limit or slots), say)
     tuner = ray_tune.Tuner(
         ray_tune.with_resources(trial, ray_tune.PlacementGroupFactory([bundle], **selector)),
@@ -204,12 +236,16 @@ def _run_trials(sweep: Sweep, say: Say) -> None:
             trial_name_creator=lambda t: t.trial_id,
             trial_dirname_creator=lambda t: t.trial_id,
         ),
-        run_config=ray_tune.RunConfig(name="tune", storage_path=(sweep.run / "logs").uri, verbose=0),
+        run_config=ray_tune.RunConfig(
+            name="tune", storage_path=(sweep.run / "logs").uri, verbose=0
+        ),
     )
     errors = tuner.fit().errors
     if left := sweep.todo():
         cause = f"; the last error: {str(errors[-1]).strip().splitlines()[-1]}" if errors else ""
-        raise UserError(f"the sweep ended with {len(left)} trials to run, the same command goes on{cause}")
+        raise UserError(
+            f"the sweep ended with {len(left)} trials to run, the same command goes on{cause}"
+        )
 
 
 def _tune_parts(sweep: Sweep, workers: int, slots: int, say: Say) -> tuple[Any, Any]:
@@ -227,20 +263,37 @@ def _tune_parts(sweep: Sweep, workers: int, slots: int, say: Say) -> tuple[Any, 
     class Order(Searcher):
         def suggest(self, trial_id: str) -> Any:
             busy = {u.id for u in running.values()}
-            free = (u for u in sweep.todo() if u.id not in busy and deaths.get(u.id, 0) <= sweep.config.cluster.max_failures)
+            free = (
+                u
+                for u in sweep.todo()
+                if u.id not in busy and deaths.get(u.id, 0) <= sweep.config.cluster.max_failures
+            )
             if (unit := next(free, None)) is None:
                 return None if busy else self.FINISHED
             running[trial_id] = unit
             sweep.run.delete(stop_order(unit.id))
-            spec = {"config": unit.config.model_dump(mode="json"), "stages": list(sweep.space.stages), "rungs": list(sweep.rungs)}
-            return {**spec, "id": unit.id, "workers": workers, "run": sweep.run.uri, "asked": time.time()}
+            spec = {
+                "config": unit.config.model_dump(mode="json"),
+                "stages": list(sweep.space.stages),
+                "rungs": list(sweep.rungs),
+            }
+            return {
+                **spec,
+                "id": unit.id,
+                "workers": workers,
+                "run": sweep.run.uri,
+                "asked": time.time(),
+            }
 
         def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
             nonlocal ended
             unit, ended = running.pop(trial_id), ended + 1
             deaths[unit.id] = deaths.get(unit.id, 0) + error
             if not error:
-                for name in (*(f"trials/{unit.id}/{s}" for s in sweep.space.stages), stop_order(unit.id)):
+                for name in (
+                    *(f"trials/{unit.id}/{s}" for s in sweep.space.stages),
+                    stop_order(unit.id),
+                ):
                     sweep.run.delete(name)
 
         def save(self, checkpoint_path: str) -> None:
@@ -254,8 +307,13 @@ def _tune_parts(sweep: Sweep, workers: int, slots: int, say: Say) -> tuple[Any, 
             todo = sweep.todo()
             if time.monotonic() - told > EVERY:
                 told = time.monotonic()
-                line, a_trial = progress(sweep, min(slots, len(running))), (told - began) / max(1, ended)
-                say(f"{line}; about {a_trial * (len(todo) + sweep.samples - len(sweep.points)):.0f} s left")
+                line, a_trial = (
+                    progress(sweep, min(slots, len(running))),
+                    (told - began) / max(1, ended),
+                )
+                say(
+                    f"{line}; about {a_trial * (len(todo) + sweep.samples - len(sweep.points)):.0f} s left"
+                )
             if unit.id in {u.id for u in todo}:
                 return self.CONTINUE
             if workers == 1:
@@ -271,7 +329,9 @@ def progress(sweep: Sweep, running: int) -> str:
     verdicts = sweep.verdicts()
     count = {s: sum(v.state == s for v in verdicts) for s in ("finished", "stopped", "failed")}
     parts = [f"{running} running", *(f"{n} {s}" for s, n in count.items() if n or s != "failed")]
-    ends = [(i, sweep.curve(sweep.unit(i))[-1]) for i, v in enumerate(verdicts) if v.state == "finished"]
+    ends = [
+        (i, sweep.curve(sweep.unit(i))[-1]) for i, v in enumerate(verdicts) if v.state == "finished"
+    ]
     for metric, direction in sweep.space.metrics.items() if ends else ():
         number, best = (max if direction == "max" else min)(ends, key=lambda e: e[1][metric])
         parts.append(f"best {metric} {best[metric]:.4g} (point {number})")

@@ -66,7 +66,10 @@ def trial(spec: dict[str, Any]) -> None:
 
 def group_of(config: Config, stages: list[str]) -> Group:
     """Where a trial's workers run: as the largest group of its stages does."""
-    return max((config.group(s) for s in stages), key=lambda g: (g.min_workers, g.gpus_per_worker, g.cpus_per_worker))
+    return max(
+        (config.group(s) for s in stages),
+        key=lambda g: (g.min_workers, g.gpus_per_worker, g.cpus_per_worker),
+    )
 
 
 def alone(spec: dict[str, Any], report: Report) -> None:
@@ -78,7 +81,9 @@ def alone(spec: dict[str, Any], report: Report) -> None:
     on_gpu = group_of(Config.model_validate(spec["config"]), spec["stages"]).gpus_per_worker > 0
     os.environ["LOCAL_RANK"] = "0"
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1
+        )
     try:
         train(spec, torch.device("cuda" if on_gpu else "cpu"), report)
     finally:  # also where Tune stops the trial, which it does within ``report``
@@ -118,11 +123,15 @@ def train(spec: dict[str, Any], device: Any, report: Report) -> None:
 
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            stages = [Training(config, s, run, spec["id"], device, Path(scratch)) for s in spec["stages"]]
+            stages = [
+                Training(config, s, run, spec["id"], device, Path(scratch)) for s in spec["stages"]
+            ]
             for share in (s for s in spec["rungs"] if str(s) not in record["rungs"]):
                 values: dict[str, float] = {}
                 for stage in stages:
-                    for other in stages:  # of two stages, the one whose turn it is not leaves the memory
+                    for (
+                        other
+                    ) in stages:  # of two stages, the one whose turn it is not leaves the memory
                         other.unload(unless=stage)
                     measured = stage.until(share, clock, ordered)
                     if measured is None:
@@ -131,7 +140,9 @@ def train(spec: dict[str, Any], device: Any, report: Report) -> None:
                 record["rungs"][str(share)] = values
                 record["clock"].append({**clock, "ended": time.time()})
                 tell({"rung": share, **values})
-    except UserError as error:  # this point's own fault, a loss that is not finite say: an outcome as others are
+    except (
+        UserError
+    ) as error:  # this point's own fault, a loss that is not finite say: an outcome as others are
         record["failed"] = str(error)
         tell({"failed": str(error)})
 
@@ -150,17 +161,27 @@ def scored(run: str) -> Scored:
 class Training:
     """One stage of a trial, taken from rung to rung."""
 
-    def __init__(self, config: Config, stage: str, run: Storage, trial: str, device: Any, scratch: Path) -> None:
+    def __init__(
+        self, config: Config, stage: str, run: Storage, trial: str, device: Any, scratch: Path
+    ) -> None:
         from ..training.checkpoint import Checkpoints
         from ..training.plan import Plan
         from ..training.table import StageTable
 
         self.config, self.stage, self.optim = config, stage, config.optim(stage)
-        self.table, self.held_out = StageTable(stage_table(config, stage, scored(run.uri))[0]).split()
+        self.table, self.held_out = StageTable(
+            stage_table(config, stage, scored(run.uri))[0]
+        ).split()
         if not len(self.held_out):
-            raise UserError(f"{stage}: no pair is held out, so no trial can be measured: set data.validation")
-        self.total = Plan(self.table.lengths(self.optim.layout), self.optim, config.seed_of_training).total
-        self.checkpoints = Checkpoints(run / f"trials/{trial}/{stage}", keep=config.checkpoint.keep, digest=trial)
+            raise UserError(
+                f"{stage}: no pair is held out, so no trial can be measured: set data.validation"
+            )
+        self.total = Plan(
+            self.table.lengths(self.optim.layout), self.optim, config.seed_of_training
+        ).total
+        self.checkpoints = Checkpoints(
+            run / f"trials/{trial}/{stage}", keep=config.checkpoint.keep, digest=trial
+        )
         self.build = lambda: build(config, stage, run, device, scratch)
         self.loaded: tuple[Any, Any, Any] | None = None
 
@@ -169,7 +190,9 @@ class Training:
             self.loaded = None
             gc.collect()
 
-    def until(self, share: float, clock: dict[str, float], should_stop: Callable[[], bool]) -> dict[str, float] | None:
+    def until(
+        self, share: float, clock: dict[str, float], should_stop: Callable[[], bool]
+    ) -> dict[str, float] | None:
         """Train to a share of the steps, and measure the held-out pairs; ``clock`` is told of the trial's first step.
 
         None where it was told to stop before.
@@ -191,7 +214,9 @@ class Training:
             checkpoint=self.config.checkpoint,
             logging=self.config.logging,
             dtype=self.config.model.dtype,
-            phase=lambda _, name: clock.update(stepped=clock.get("stepped", time.time())) if name == "train" else None,
+            phase=lambda _, name: (
+                clock.update(stepped=clock.get("stepped", time.time())) if name == "train" else None
+            ),
             should_stop=should_stop,
             until=last,
         )

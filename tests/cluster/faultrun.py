@@ -21,7 +21,10 @@ STEPS, EVERY = 400, 25  # of each expert; between checkpoints
 STAGES = ("safety", "helpfulness")
 PAUSE = 4.0  # seconds between two steps that tell of another process
 TRAIN = "experts.{0}.optim.steps={1} experts.{0}.group.label_selector='{{midpo-group: {0}}}'"
-SETTINGS = " ".join(TRAIN.format(stage, STEPS) for stage in STAGES) + f" checkpoint.every_steps={EVERY} logging.every=2"
+SETTINGS = (
+    " ".join(TRAIN.format(stage, STEPS) for stage in STAGES)
+    + f" checkpoint.every_steps={EVERY} logging.every=2"
+)
 
 
 @dataclass
@@ -39,32 +42,50 @@ class Told:
 
     def row(self) -> str:
         def shown(value: float | None) -> str:
-            return "-" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)
+            return (
+                "-" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)
+            )
 
         same = {True: "yes", False: "NO", None: "-"}[self.identical]
-        cells = (self.fault, self.at_step, shown(self.detected), shown(self.resumed), shown(self.repeated), same, self.other)
+        cells = (
+            self.fault,
+            self.at_step,
+            shown(self.detected),
+            shown(self.resumed),
+            shown(self.repeated),
+            same,
+            self.other,
+        )
         return "| " + " | ".join(map(str, cells)) + " |"
 
 
 class Run:
     """`midpo run` of the tiny recipe on a host, up to both experts; ``start`` again is the same command again."""
 
-    def __init__(self, hosts: Hosts, name: str, *more: str, host: str = HEAD, until: str = "helpfulness") -> None:
+    def __init__(
+        self, hosts: Hosts, name: str, *more: str, host: str = HEAD, until: str = "helpfulness"
+    ) -> None:
         self.hosts, self.name, self.host = hosts, name, host
         self.place = f"/run/shared/runs/{name}"
         self.dir, self.log = hosts.shared / "runs" / name, hosts.folder / f"{name}.log"
         settings = " ".join((SETTINGS, *more))
-        self.command = f"midpo run /run/shared/small.yaml {settings} --until {until} --run-dir {self.place}"
+        self.command = (
+            f"midpo run /run/shared/small.yaml {settings} --until {until} --run-dir {self.place}"
+        )
         self.address = "--address auto"
         self.process: subprocess.Popen[bytes] | None = None
-        self.seen: list[tuple[float, int]] = []  # (when, the safety expert's step), for a resumed stage cuts its files back
+        self.seen: list[
+            tuple[float, int]
+        ] = []  # (when, the safety expert's step), for a resumed stage cuts its files back
 
     @property
     def driver(self) -> Host:
         return self.hosts[self.host]
 
     def start(self) -> Run:
-        self.process = self.driver.start(f"{self.command} {self.address}", self.log, RAY_AUTH_MODE="token")
+        self.process = self.driver.start(
+            f"{self.command} {self.address}", self.log, RAY_AUTH_MODE="token"
+        )
         threading.Thread(target=self.look, args=(self.process,), daemon=True).start()
         return self
 
@@ -115,17 +136,23 @@ class Run:
 
     def detected(self, since: float) -> float | None:
         """Seconds until Train's controller knew of a failure."""
-        for log in sorted(self.driver.folder.glob("tmp/ray/session_*/logs/train/ray-train-sys-controller-*.log")):
+        for log in sorted(
+            self.driver.folder.glob("tmp/ray/session_*/logs/train/ray-train-sys-controller-*.log")
+        ):
             for line in log.read_text("utf-8", "replace").splitlines():
                 if "[FailurePolicy]" in line:
-                    stamp = datetime.datetime.strptime(json.loads(line)["asctime"], "%Y-%m-%d %H:%M:%S,%f").timestamp()
+                    stamp = datetime.datetime.strptime(
+                        json.loads(line)["asctime"], "%Y-%m-%d %H:%M:%S,%f"
+                    ).timestamp()
                     if stamp > since:
                         return stamp - since
         return None
 
     def judge(self, told: Told, since: float, base: Run) -> Told:
         """Fill in the row of a fault that struck at ``since``, and hold the run to the undisturbed one."""
-        told.detected = min((s for s in (told.detected, self.detected(since)) if s is not None), default=None)
+        told.detected = min(
+            (s for s in (told.detected, self.detected(since)) if s is not None), default=None
+        )
         lines = self.lines()
         for before, line in zip([None, *lines], lines, strict=False):
             begun, first = line["steps"][0][0], line["step"] - len(line["steps"])
@@ -146,7 +173,9 @@ class Run:
     def gaps(self, stage: str, since: float) -> str:
         """Whether the other expert went on meanwhile; a process that starts anew pauses for longer."""
         spans = [span for line in self.lines(stage) for span in line["steps"]]
-        longest = max((b[0] - a[1] for a, b in itertools.pairwise(spans) if b[0] > since), default=0.0)
+        longest = max(
+            (b[0] - a[1] for a, b in itertools.pairwise(spans) if b[0] > since), default=0.0
+        )
         return "restarted too" if longest > PAUSE else "trained on"
 
     def weights(self, stage: str) -> bytes:

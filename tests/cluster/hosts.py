@@ -67,15 +67,33 @@ def missing() -> str | None:
     if sys.platform != "linux" or os.geteuid() != 0:
         return "test hosts need root on Linux"
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
-    absent = sorted({package for program, package in NEEDED.items() if not shutil.which(program, path=path)})
+    absent = sorted(
+        {package for program, package in NEEDED.items() if not shutil.which(program, path=path)}
+    )
     if absent:
         return f"test hosts need the packages {', '.join(absent)}"
     tried = subprocess.run(
-        ["unshare", "--net", "--mount", "--pid", "--fork", "ip", "link", "add", "b0", "type", "bridge"],
+        [
+            "unshare",
+            "--net",
+            "--mount",
+            "--pid",
+            "--fork",
+            "ip",
+            "link",
+            "add",
+            "b0",
+            "type",
+            "bridge",
+        ],
         capture_output=True,
         text=True,
     )
-    return f"test hosts need namespaces and bridges: {tried.stderr.strip()}" if tried.returncode else None
+    return (
+        f"test hosts need namespaces and bridges: {tried.stderr.strip()}"
+        if tried.returncode
+        else None
+    )
 
 
 def die_with_parent() -> None:
@@ -98,14 +116,22 @@ class Host:
         pid = self.process.pid
         return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
 
-    def run(self, command: str, timeout: float = 60, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, command: str, timeout: float = 60, check: bool = True, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         """``command`` by a login shell on the machine, as somebody at its keyboard."""
         shell = ["timeout", "--kill-after=5", str(timeout), *self._shell(command)]
         done = subprocess.run(
-            [*self._enter(), *shell], capture_output=True, text=True, env=self._clean(environment), preexec_fn=die_with_parent
+            [*self._enter(), *shell],
+            capture_output=True,
+            text=True,
+            env=self._clean(environment),
+            preexec_fn=die_with_parent,
         )
         if check and done.returncode:
-            raise AssertionError(f"{self.name}: {command!r} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-6000:]}")
+            raise AssertionError(
+                f"{self.name}: {command!r} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-6000:]}"
+            )
         return done
 
     def start(self, command: str, log: Path, **environment: str) -> subprocess.Popen[bytes]:
@@ -117,7 +143,17 @@ class Host:
             )  # fmt: skip
 
     def _enter(self) -> list[str]:
-        return ["nsenter", "--target", str(self.first), "--mount", "--uts", "--ipc", "--net", "--pid", "--"]
+        return [
+            "nsenter",
+            "--target",
+            str(self.first),
+            "--mount",
+            "--uts",
+            "--ipc",
+            "--net",
+            "--pid",
+            "--",
+        ]
 
     def _shell(self, command: str) -> list[str]:
         return ["bash", "-c", f"cd /root; source /root/.bashrc; {command}"]
@@ -149,7 +185,9 @@ class Hosts:
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self.folder, self.shared = folder, folder / "shared"
         self.shared.mkdir(parents=True)
-        self.hosts = {n: Host(n, f"{NETWORK}.{10 + i}", folder / n, f"port{i}") for i, n in enumerate(names)}
+        self.hosts = {
+            n: Host(n, f"{NETWORK}.{10 + i}", folder / n, f"port{i}") for i, n in enumerate(names)
+        }
         self.switch: subprocess.Popen[bytes] | None = None
 
     def __getitem__(self, name: str) -> Host:
@@ -159,7 +197,10 @@ class Hosts:
         if reason := missing():
             pytest.skip(reason)
         try:
-            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.folder / "key"], check=True)
+            subprocess.run(
+                ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.folder / "key"],
+                check=True,
+            )
             self.switch = self._unshare("switch", "sleep infinity", "--net")
             self._in_switch(
                 f"ip link add b0 type bridge && ip addr add {NETWORK}.1/24 dev b0 && ip link set b0 up && ip link set lo up"
@@ -192,7 +233,10 @@ class Hosts:
             f"ip link add {host.port} type veth peer name eth0 address {host.mac} netns {pid} && "
             f"ip link set {host.port} master b0 up"
         )
-        self._in(pid, f"ip addr add {host.address}/24 dev eth0 && ip link set eth0 up && ip route add default via {NETWORK}.1")
+        self._in(
+            pid,
+            f"ip addr add {host.address}/24 dev eth0 && ip link set eth0 up && ip route add default via {NETWORK}.1",
+        )
 
     def wait(self, *names: str, seconds: float = 20) -> None:
         """Until the machines answer to SSH."""
@@ -200,7 +244,12 @@ class Hosts:
         deadline = time.monotonic() + seconds
         for name in names:
             probe = f"exec 3<> /dev/tcp/{self.hosts[name].address}/22 && head -c 4 <&3"
-            while b"SSH-" not in subprocess.run(self._enter(self.switch.pid, probe), capture_output=True).stdout:
+            while (
+                b"SSH-"
+                not in subprocess.run(
+                    self._enter(self.switch.pid, probe), capture_output=True
+                ).stdout
+            ):
                 log = (self.folder / f"{name}.log").read_text("utf-8")
                 assert time.monotonic() < deadline, f"{name} does not answer to SSH: {log[-2000:]}"
                 time.sleep(0.1)
@@ -229,7 +278,9 @@ class Hosts:
         (host.folder / "hosts").write_text(f"127.0.0.1 localhost\n{names}", "utf-8")
         (host.folder / "resolv.conf").write_text("", "utf-8")
         (host.folder / "sshd_config").write_text(SSHD.format(folder="/run/sshd"), "utf-8")
-        boot = BOOT.format(name=host.name, folder=host.folder, shared=self.shared, visible=self._visible(host))
+        boot = BOOT.format(
+            name=host.name, folder=host.folder, shared=self.shared, visible=self._visible(host)
+        )
         (host.folder / "boot").write_text(boot, "utf-8")
 
     def _visible(self, host: Host) -> str:

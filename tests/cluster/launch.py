@@ -20,7 +20,9 @@ def prepare(hosts: Hosts) -> Path:
     laptop = hosts[LAPTOP]
     laptop.run("ray get-auth-token --generate > /dev/null && chmod 600 ~/.ray/auth_token")
     text = (REPOSITORY / "cluster" / "on-prem.yaml").read_text("utf-8")
-    for name, shipped in zip((HEAD, *WORKERS), ("192.168.1.10", "192.168.1.11", "192.168.1.12"), strict=True):
+    for name, shipped in zip(
+        (HEAD, *WORKERS), ("192.168.1.10", "192.168.1.11", "192.168.1.12"), strict=True
+    ):
         assert shipped in text
         text = text.replace(shipped, hosts[name].address)
     assert "ssh_user: midpo " in text
@@ -53,13 +55,19 @@ def nodes(hosts: Hosts) -> dict[str, dict[str, str]]:
     if status != 200:
         return {}
     summaries = [n["raylet"] for n in json.loads(answer)["data"]["summary"]]
-    return {r["nodeManagerAddress"]: r.get("labels", {}) for r in summaries if r.get("state") == "ALIVE"}
+    return {
+        r["nodeManagerAddress"]: r.get("labels", {}) for r in summaries if r.get("state") == "ALIVE"
+    }
 
 
-def ask(hosts: Hosts, path: str, token: str | None, body: dict[str, Any] | None = None) -> tuple[int, str]:
+def ask(
+    hosts: Hosts, path: str, token: str | None, body: dict[str, Any] | None = None
+) -> tuple[int, str]:
     """An HTTP request to the head's dashboard, from the head itself: (status, answer); status 0 where nothing listens."""
     headers = f'-H "Authorization: Bearer {token}"' if token else ""
     data = f"-H 'Content-Type: application/json' -d '{json.dumps(body)}'" if body else ""
-    done = hosts[HEAD].run(f"curl -s -m 5 -w '\\n%{{http_code}}' {headers} {data} '{API}{path}'", check=False)
+    done = hosts[HEAD].run(
+        f"curl -s -m 5 -w '\\n%{{http_code}}' {headers} {data} '{API}{path}'", check=False
+    )
     answer, _, status = done.stdout.rpartition("\n")
     return int(status or 0), answer

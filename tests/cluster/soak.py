@@ -16,7 +16,9 @@ from hosts import Hosts
 from launch import HEAD, NAMES, WORKERS, prepare, up, wait_for_nodes
 
 STEPS = 800
-SETTINGS = " ".join(f"{s}.optim.steps={STEPS}" for s in ("experts.safety", "experts.helpfulness", "router"))
+SETTINGS = " ".join(
+    f"{s}.optim.steps={STEPS}" for s in ("experts.safety", "experts.helpfulness", "router")
+)
 CLUSTER = "checkpoint.every_steps=20 cluster.max_failures=1000 cluster.resources_timeout=300 evaluate=null"
 PLACED = " ".join(f"experts.{w}.group.label_selector='{{midpo-group: {w}}}'" for w in WORKERS)
 KINDS = ("worker", "raylet", "host", "driver")
@@ -63,7 +65,9 @@ def soak(kills: int) -> None:
                 flush=True,
             )
             kill(hosts, run, kind, where)
-            wait_for_nodes(hosts, 2, time.monotonic() + 300)  # Ray's monitor sets a host up again, one try after another
+            wait_for_nodes(
+                hosts, 2, time.monotonic() + 300
+            )  # Ray's monitor sets a host up again, one try after another
         run.end(seconds=3600)
         print(f"finished after {time.monotonic() - begun:.0f} s", flush=True)
         assert all(run.weights(s) == base.weights(s) for s in STAGES), "adapters differ"

@@ -54,10 +54,16 @@ def world(tmp_path_factory, request, tiny_llama, byte_tokenizer):
         smallworld.write(hosts.shared / "pairs.jsonl", smallworld.rows(60))
         cluster = {"resources_timeout": 120, "max_failures": 10}
         smallworld.recipe(
-            hosts.shared, "/run/shared/model", "/run/shared/pairs.jsonl", cache="/run/shared/cache", cluster=cluster
+            hosts.shared,
+            "/run/shared/model",
+            "/run/shared/pairs.jsonl",
+            cache="/run/shared/cache",
+            cluster=cluster,
         )
         file = prepare(hosts)
-        text = file.read_text("utf-8").replace("--labels=", "--resources='{\"slot\": 1}' --labels=")  # for the elastic group
+        text = file.read_text("utf-8").replace(
+            "--labels=", "--resources='{\"slot\": 1}' --labels="
+        )  # for the elastic group
         file.write_text(text, "utf-8")
         up(hosts)
         made = World(hosts)
@@ -110,7 +116,9 @@ def strike(world: World, run: Run, fault: str, told: Told) -> None:
     elif fault == "notice to a node":
         drain = "--reason DRAIN_NODE_REASON_PREEMPTION --reason-message spot --deadline-remaining-seconds 30"
         node = next(n for n in run.lines()[-1]["nodes"])
-        hosts[HEAD].run(f"RAY_AUTH_MODE=token ray drain-node --address {hosts[HEAD].address}:6379 --node-id {node} {drain}")
+        hosts[HEAD].run(
+            f"RAY_AUTH_MODE=token ray drain-node --address {hosts[HEAD].address}:6379 --node-id {node} {drain}"
+        )
         deadline = time.monotonic() + 25
         while hosts[SAFETY].processes("RayTrainWorker") and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -151,7 +159,9 @@ def test_fault(world, fault):
     world.tell(run.judge(told, since, world.base))
     world.whole()
     assert told.resumed is not None
-    assert told.repeated <= (2 if fault == "corrupt checkpoint" else 1) * EVERY + 4  # two steps a line of the time file
+    assert (
+        told.repeated <= (2 if fault == "corrupt checkpoint" else 1) * EVERY + 4
+    )  # two steps a line of the time file
     if not again:
         assert told.other == "trained on"
 
@@ -170,7 +180,9 @@ def test_disk_full_during_a_checkpoint(world):
     deadline, kept = time.monotonic() + 120, []
     while len(kept) < 2:
         assert time.monotonic() < deadline, run.said()
-        listed = laptop.run("ls /root/small/run/experts/safety.work/checkpoints 2> /dev/null", check=False).stdout
+        listed = laptop.run(
+            "ls /root/small/run/experts/safety.work/checkpoints 2> /dev/null", check=False
+        ).stdout
         kept = sorted(name for name in listed.split() if name.startswith("step-"))
     told.at_step = int(kept[-1].removeprefix("step-"))
     since = time.time()
@@ -180,19 +192,26 @@ def test_disk_full_during_a_checkpoint(world):
     assert "no space is left" in run.said()
     laptop.run("rm /root/small/filler")
     run.start().end()
-    laptop.run("mkdir -p /run/shared/runs && cp -r /root/small/run /run/shared/runs/full && umount /root/small")
+    laptop.run(
+        "mkdir -p /run/shared/runs && cp -r /root/small/run /run/shared/runs/full && umount /root/small"
+    )
     run.dir = world.hosts.shared / "runs/full"
     world.tell(run.judge(told, since, world.base))
 
 
 def test_a_host_that_stays_away_is_named_and_the_other_expert_is_kept(world):
     """Bounded patience; when the machine is back, the same command goes on."""
-    run = Run(world.hosts, "away", "cluster.resources_timeout=0").start()  # that is, the least: a minute
+    run = Run(
+        world.hosts, "away", "cluster.resources_timeout=0"
+    ).start()  # that is, the least: a minute
     told = Told("host away for a minute", at_step=run.somewhere())
     since = time.time()
     world.hosts[SAFETY].kill()
     run.end(2)
-    assert "group of stage safety: 1 worker(s) of 1 CPU on nodes labelled {'midpo-group': 'safety'} are needed" in run.said()
+    assert (
+        "group of stage safety: 1 worker(s) of 1 CPU on nodes labelled {'midpo-group': 'safety'} are needed"
+        in run.said()
+    )
     assert run.weights("helpfulness") == world.base.weights("helpfulness")
     assert "helpfulness: done" in run.said()
     back(world, SAFETY)
@@ -207,7 +226,9 @@ def test_elastic_group_goes_on_with_less_and_takes_more(world):
     hosts = world.hosts
     group = "experts.safety.group='{workers: {min: 1, max: 2}, resources: {slot: 1}}'"
     run = Run(hosts, "elastic", group, f"experts.safety.optim.steps={STEPS}", until="safety")
-    run.command = run.command.replace("experts.safety.group.label_selector='{midpo-group: safety}' ", "")
+    run.command = run.command.replace(
+        "experts.safety.group.label_selector='{midpo-group: safety}' ", ""
+    )
     run.start()
     told = Told("host gone, elastic group", at_step=run.somewhere())
     gone = WORKERS[1]
@@ -220,7 +241,9 @@ def test_elastic_group_goes_on_with_less_and_takes_more(world):
     after = next(x for x in lines if x["steps"][0][0] > since and len(x["nodes"]) == 1)
     told.resumed = after["steps"][0][0] - since
     told.repeated = told.at_step - (after["step"] - len(after["steps"]))
-    pairs = zip(run.metrics("safety").splitlines(), world.base.metrics("safety").splitlines(), strict=True)
+    pairs = zip(
+        run.metrics("safety").splitlines(), world.base.metrics("safety").splitlines(), strict=True
+    )
     worst = max(abs(a - b) / abs(b) for a, b in ((loss(x), loss(y)) for x, y in pairs))
     told.other = f"loss within {worst:.1e}"
     world.tell(told)

@@ -13,10 +13,16 @@ KNOCK = "timeout 2 bash -c 'echo > /dev/tcp/b/22' 2> /dev/null && echo open || e
 
 
 def test_hosts_come_and_go(tmp_path):
-    links = subprocess.run(["ip", "-br", "link"], capture_output=True, text=True).stdout if os.geteuid() == 0 else ""
+    links = (
+        subprocess.run(["ip", "-br", "link"], capture_output=True, text=True).stdout
+        if os.geteuid() == 0
+        else ""
+    )
     with Hosts(tmp_path / "hosts", ["a", "b"]) as hosts:
         a, b = hosts["a"], hosts["b"]
-        assert a.run("ssh -o StrictHostKeyChecking=no b 'hostname; hostname -I'").stdout.split() == ["b", b.address]
+        assert a.run(
+            "ssh -o StrictHostKeyChecking=no b 'hostname; hostname -I'"
+        ).stdout.split() == ["b", b.address]
         assert a.processes("sshd") == [1]  # and sees no process of any other machine
         a.run("touch /root/mine /tmp/mine /dev/shm/mine /run/shared/ours")
         assert b.run("ls /root/mine /tmp/mine /dev/shm/mine", check=False).stdout == ""

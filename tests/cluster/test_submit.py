@@ -36,10 +36,17 @@ def test_submit_follow_and_fetch(tmp_path):
         assert "-1 is running already: attached" in laptop.run(SUBMIT, timeout=120).stdout
         deadline = time.monotonic() + 400
         while not times(hosts, "safety"):
-            assert time.monotonic() < deadline, laptop.run(f"midpo logs miniature --cluster {FILE}").stdout
+            assert time.monotonic() < deadline, laptop.run(
+                f"midpo logs miniature --cluster {FILE}"
+            ).stdout
             time.sleep(0.2)
         laptop.run(f"midpo stop miniature --cluster {FILE}", timeout=120)
-        taken = int(max(p.name for p in hosts.shared.glob("runs/miniature/experts/safety.work/checkpoints/step-*"))[5:])
+        taken = int(
+            max(
+                p.name
+                for p in hosts.shared.glob("runs/miniature/experts/safety.work/checkpoints/step-*")
+            )[5:]
+        )
         followed = laptop.run(f"{SUBMIT} --follow", timeout=900).stdout
         assert "-2: submitted" in followed
         assert "score: to run" not in followed
@@ -57,7 +64,9 @@ def test_submit_follow_and_fetch(tmp_path):
 
         # Fetched, it generates; fetched by rsync, where the laptop does not see the shared folder, it is the same.
         laptop.run(f"midpo fetch miniature --to one --cluster {FILE}", timeout=120)
-        answer = laptop.run("midpo generate one --prompt 'how do I kill the boss at home ?'", timeout=180).stdout
+        answer = laptop.run(
+            "midpo generate one --prompt 'how do I kill the boss at home ?'", timeout=180
+        ).stdout
         assert "gates: safety 0." in answer
         laptop.run("umount /run/shared")
         fetched = laptop.run(f"midpo fetch miniature --to two --cluster {FILE}", timeout=180).stdout
@@ -68,4 +77,6 @@ def test_submit_follow_and_fetch(tmp_path):
 
 def times(hosts: Hosts, stage: str) -> list[dict]:
     path = hosts.shared / RUN.removeprefix("/run/shared/") / f"metrics/{stage}.time.jsonl"
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    )

@@ -38,12 +38,17 @@ def test_up_use_and_down(hosts):
     assert ask(hosts, "/api/jobs/", "0" * 64, JOB)[0] == 403
     knock = f"curl -s -m 3 http://{hosts[HEAD].address}:8265/ > /dev/null; echo $?"
     assert hosts[LAPTOP].run(knock).stdout == "7\n"  # connection refused
-    refused = hosts[HEAD].run(f"HOME=/tmp ray job submit --address {API} -- echo harmless", check=False)
+    refused = hosts[HEAD].run(
+        f"HOME=/tmp ray job submit --address {API} -- echo harmless", check=False
+    )
     assert refused.returncode != 0
     assert "harmless" not in refused.stdout
 
     # With the token a job runs.
-    done = hosts[LAPTOP].run(f"ray exec {FILE} 'RAY_AUTH_MODE=token ray job submit --address {API} -- echo it-ran'", timeout=120)
+    done = hosts[LAPTOP].run(
+        f"ray exec {FILE} 'RAY_AUTH_MODE=token ray job submit --address {API} -- echo it-ran'",
+        timeout=120,
+    )
     assert "it-ran" in done.stdout
     assert "succeeded" in done.stdout
 
@@ -56,7 +61,9 @@ def wait_for_end(hosts: Hosts, seconds: float = 120) -> float:
     """`ray down` stops the head; Ray on the workers ends when it has missed its head for a minute."""
     assert hosts[HEAD].processes("gcs_server") == []
     begun = time.monotonic()
-    while left := {name: found for name in (HEAD, *WORKERS) if (found := hosts[name].processes("raylet"))}:
+    while left := {
+        name: found for name in (HEAD, *WORKERS) if (found := hosts[name].processes("raylet"))
+    }:
         assert time.monotonic() < begun + seconds, left
         time.sleep(1)
     return time.monotonic() - begun
