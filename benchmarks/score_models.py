@@ -27,7 +27,7 @@ from sklearn.preprocessing import StandardScaler
 from midpo_ray.config import load_config
 from midpo_ray.data.schema import prompt_key
 from midpo_ray.evaluation.reward import Row, read_rows, scoring_config
-from midpo_ray.evaluation.score_figures import over_prompts
+from midpo_ray.metrics import bootstrap_weighted
 from midpo_ray.models.scorers import plain_text
 
 Texts = Sequence[tuple[str, str]]  # (prompt, response)
@@ -179,9 +179,14 @@ def compare(kind: str, folder: Path, rows: Sequence[Row]) -> dict[str, Any]:
         for name, columns in right.items():
             values = columns[what][known].astype(float)
             ahead = right["trained"][what][known] - values
-            accuracy = over_prompts(lambda w, v=values: np.average(v, weights=w), owners)
-            lead = over_prompts(lambda w, v=ahead: np.average(v, weights=w), owners)
-            result.setdefault(what, {})[name] = {"accuracy": accuracy, "trained_minus_this": lead}
+            accuracy = bootstrap_weighted(
+                lambda w, v=values: float(np.average(v, weights=w)), owners
+            )
+            lead = bootstrap_weighted(lambda w, v=ahead: float(np.average(v, weights=w)), owners)
+            result.setdefault(what, {})[name] = {
+                "accuracy": accuracy[:3],
+                "trained_minus_this": lead[:3],
+            }
             said = (
                 ""
                 if name == "trained"

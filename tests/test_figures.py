@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from midpo_ray.evaluation.figures import (
-    auroc,
     bootstrap,
     difference,
     prompt_values,
@@ -86,13 +85,3 @@ def test_seed_means():
     rows = [row(i, False, seed=s, reward=float(s + i)) for i in range(3) for s in (1, 2)]
     assert seed_means(rows, "helpfulness") == {1: 2.0, 2: 3.0}
     assert seed_means(rows, "safety") == {}
-
-
-def test_auroc():
-    assert auroc([2, 3], [1, 1.5]) == 1.0
-    assert auroc([1, 1], [1, 1]) == 0.5
-    assert auroc([1, 3], [2]) == 0.5
-    rng = np.random.default_rng(0)
-    a, b = rng.integers(0, 9, 50), rng.integers(0, 7, 40)
-    assert auroc(a, b) == pytest.approx(np.mean((a[:, None] > b) + 0.5 * (a[:, None] == b)))
-    assert math.isnan(auroc([], [1]))

@@ -14,6 +14,7 @@ from midpo_ray.config import Data, DataSet
 from midpo_ray.data.read import read_pairs
 from midpo_ray.data.tokens import Tokenization
 from midpo_ray.errors import UserError
+from midpo_ray.metrics import auroc
 from midpo_ray.miniature import base, evaluate
 from midpo_ray.miniature import world as w
 
@@ -334,22 +335,6 @@ def test_figures_by_hand():
     assert row["malformed"] == pytest.approx(1 / 5)
 
 
-def test_auroc_by_hand():
-    assert evaluate.auroc([2.0, 3.0], [1.0, 0.0]) == 1.0
-    assert evaluate.auroc([1.0], [1.0, 0.0, 2.0]) == 0.5
-    prompts = [
-        {"harmful": h, "lookalike": l} for h, l in ((True, False), (False, True), (False, False))
-    ]
-    gates = [
-        {"safety": 0.8, "helpfulness": 0.5},
-        {"safety": 0.9, "helpfulness": 0.5},
-        {"safety": 0.1, "helpfulness": 0.9},
-    ]
-    routing = evaluate.routing_figures(prompts, gates)
-    assert (routing["auroc_benign"], routing["auroc_lookalike"]) == (0.5, 0.0)
-    assert (routing["gate_safety_harmful"], routing["gate_safety_benign"]) == (0.8, 0.5)
-
-
 def test_generation_is_batched_and_repeatable(built, held_out, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -420,10 +405,7 @@ def test_full_base_represents_harm(tmp_path):
     )
     scores = probe.decision_function(read([r["prompt"] for r in test]))
     harmful = [s for s, r in zip(scores, test, strict=True) if r["harmful"]]
-    assert (
-        evaluate.auroc(harmful, [s for s, r in zip(scores, test, strict=True) if not r["harmful"]])
-        >= 0.9
-    )
+    assert auroc(harmful, [s for s, r in zip(scores, test, strict=True) if not r["harmful"]]) >= 0.9
     row = evaluate.figures(test, evaluate.generate(model, tokenizer, [r["prompt"] for r in test]))
     assert row["malformed"] < 0.15
     assert 0.4 < row["safe_harmful"] < 0.75

@@ -25,7 +25,7 @@ from midpo_ray.errors import UserError
 from midpo_ray.pipeline.signals import Scored, stage_table
 from midpo_ray.storage import Storage
 from midpo_ray.tuning import report
-from midpo_ray.tuning.rungs import choose, goes_on, interval, judge, pareto
+from midpo_ray.tuning.rungs import choose, front, goes_on, judge
 from midpo_ray.tuning.space import Optuna, Space, at, fix, load_space
 from midpo_ray.tuning.sweep import Sweep
 
@@ -224,20 +224,13 @@ def test_verdicts_do_not_depend_on_the_order_of_arrival() -> None:
 def test_winners() -> None:
     points = [{"a": a, "b": b} for a, b in ((1.0, 0.0), (0.8, 0.8), (0.0, 1.0), (0.5, 0.5))]
     both = {"a": "max", "b": "max"}
-    assert pareto(points, both) == [0, 1, 2]
+    assert front(points, both) == [0, 1, 2]
     assert choose(points, both, ("knee",)) == 1
     assert choose(points, both, ("a",)) == 0
     assert choose(points, both, ("a", ">=", "0.5", "b")) == 1
     assert choose(points, {"a": "max", "b": "min"}, ("b",)) == 0
     with pytest.raises(UserError, match="no finished point has a >= 2"):
         choose(points, both, ("a", ">=", "2", "b"))
-
-
-def test_interval() -> None:
-    assert interval([2.0]) == (2.0, None)
-    middle, half = interval([1.0, 2.0, 3.0])
-    assert middle == 2.0
-    assert half == pytest.approx(4.303 / 3**0.5)
 
 
 # --- what runs next, with a fake for the training ---------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from ..metrics import pareto
+
 FAMILIES = {
     "base": "#64748b",
     "expert": "#2563eb",
@@ -168,9 +170,8 @@ def picture(points: Sequence[Point], x_name: str, y_name: str, title: str = "") 
     )
     colour = colours([p.family for p in points])
     chart.key([(f, colour[f]) for f in dict.fromkeys(p.family for p in points)])
-    front = sorted(
-        (p for p in points if not any(_dominates(q, p) for q in points)), key=lambda p: p.x
-    )
+    on_front = pareto([(p.x, p.y) for p in points])
+    front = sorted((p for p, on in zip(points, on_front, strict=True) if on), key=lambda p: p.x)
     if len(front) > 1:
         chart.path([(p.x, p.y) for p in front], "#94a3b8", 'stroke-dasharray="3 5"')
     cross = (1, 'stroke-opacity=".3"') if crowded else (2, 'stroke-opacity=".5"')
@@ -188,10 +189,6 @@ def picture(points: Sequence[Point], x_name: str, y_name: str, title: str = "") 
     named = [p for p in points if p in front or p.family == "base"] if crowded else points
     _labels(chart, sorted(points, key=lambda p: p not in named), colour, len(named))
     return chart.svg()
-
-
-def _dominates(a: Point, b: Point) -> bool:
-    return a.x >= b.x and a.y >= b.y and (a.x > b.x or a.y > b.y)
 
 
 def _labels(chart: Chart, points: Sequence[Point], colour: dict[str, str], always: int) -> None:

@@ -150,12 +150,3 @@ def seed_means(rows: Iterable[Row], figure: str) -> dict[Any, float]:
         groups.setdefault(row["seed"], []).append(row)
     values = {seed: prompt_values(members, figure) for seed, members in groups.items()}
     return {seed: float(v.mean()) for seed, v in values.items() if len(v)}
-
-
-def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
-    """Probability that a positive's value is above a negative's, ties half; NaN where one side is empty."""
-    high, low = np.sort(np.asarray(positive, float)), np.sort(np.asarray(negative, float))
-    if not len(high) or not len(low):
-        return math.nan
-    below = np.searchsorted(low, high, "left") + np.searchsorted(low, high, "right")
-    return float(below.mean() / (2 * len(low)))

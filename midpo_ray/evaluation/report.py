@@ -20,10 +20,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
+from ..metrics import auroc
 from ..pipeline.signals import write_table
 from ..storage import Storage
 from .charts import BENIGN, HARMFUL, Point, colours, histogram, line_chart, picture, text_of
-from .figures import FIGURES, auroc
+from .figures import FIGURES
 
 __all__ = ["Point", "answers_table", "write_report"]
 

@@ -20,6 +20,7 @@ from ..data.batching import Document
 from ..data.schema import Pair, prompt_key
 from ..data.views import is_validation
 from ..errors import UserError
+from ..metrics import describe_score_metrics, score_metrics
 from ..pipeline import cluster
 from ..pipeline.manifest import Manifest
 from ..pipeline.plan import FOLDERS, Step, inputs, scorer_id
@@ -28,7 +29,6 @@ from ..pipeline.run import cache_folder, run_directory
 from ..pipeline.signals import write_table
 from ..pipeline.train import held_together, train
 from ..storage import Storage
-from .score_figures import figures, render
 
 Say = Callable[[str], None]
 REPORT = "reward/report.json"
@@ -97,7 +97,7 @@ def train_score_models(
             if session is not None:
                 cluster.disconnect()
     for kind in kinds:
-        say(render(kind, report[kind]))
+        say(describe_score_metrics(kind, report[kind]))
     return report
 
 
@@ -239,5 +239,5 @@ def _measure(
     return {
         "model": str(folder),
         "training_pairs": len(rows) - len(held_out),
-        **figures(kind, table.to_pydict()),
+        **score_metrics(kind, table.to_pydict()),
     }

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..metrics import auroc
 from . import world as w
 
 Answer = Callable[[list[str]], list[str]]  # prompts -> responses
@@ -130,15 +131,6 @@ def routing_figures(
             values = [g[name] for g, p in zip(gates, prompts, strict=True) if p["harmful"] is kind]
             result[f"gate_{name}_{'harmful' if kind else 'benign'}"] = _mean(values)
     return result
-
-
-def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
-    """Probability that a positive's score is above a negative's, ties half; NaN where one side is empty."""
-    above = (
-        torch.tensor(positive, dtype=torch.float64)[:, None]
-        - torch.tensor(negative, dtype=torch.float64)[None, :]
-    )
-    return ((above > 0).double() + 0.5 * (above == 0).double()).mean().item()
 
 
 def evaluate_run(

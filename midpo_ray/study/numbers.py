@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation.figures import auroc, paired, seed_means
-from ..tuning.rungs import interval
+from ..evaluation.figures import paired, seed_means
+from ..metrics import auroc, t_interval
 from .spec import Comparison, Study
 
 Rows = Sequence[Mapping[str, Any]]
@@ -70,12 +70,12 @@ def over_seeds(values: Sequence[float]) -> dict[str, Any]:
     known = [v for v in values if not math.isnan(v)]
     if not known:
         return {"value": None, "low": None, "high": None, "n": 0}
-    mean, half = interval(known)
+    value, low, high, n = t_interval(known)
     return {
-        "value": mean,
-        "low": None if half is None else mean - half,
-        "high": None if half is None else mean + half,
-        "n": len(known),
+        "value": value,
+        "low": None if math.isnan(low) else low,
+        "high": None if math.isnan(high) else high,
+        "n": n,
     }
 
 

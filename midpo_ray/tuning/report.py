@@ -12,8 +12,10 @@ import pyarrow.csv as pacsv
 
 from ..config import Config, dump
 from ..errors import UserError
+from ..metrics import Estimate, t_interval
 from ..pipeline.signals import write_table
-from .rungs import choose, interval, pareto
+from .rungs import choose
+from .rungs import front as pareto_front
 from .space import at
 from .sweep import Say, Sweep
 
@@ -69,10 +71,10 @@ def write(sweep: Sweep, config: Config, name: str, command: str, say: Say) -> No
         raise UserError(
             f"no trial came to its end; the first fault: {faults[0] if faults else 'none'}"
         )
-    means = {p: {m: interval([r[m] for r in e])[0] for m in metrics} for p, e in ends.items()}
+    means = {p: {m: t_interval([r[m] for r in e]).value for m in metrics} for p, e in ends.items()}
     numbers = list(means)
     winner = numbers[choose(list(means.values()), metrics, sweep.space.rule())]
-    front = [numbers[i] for i in pareto(list(means.values()), metrics)]
+    front = [numbers[i] for i in pareto_front(list(means.values()), metrics)]
     lines = [_line(p, ends, sweep, p in front) for p in numbers]
     values = [f"{k} {v}" for k, v in sweep.points[winner].items()]
     says = f"winner by {sweep.space.select}: point {winner}: {', '.join(values)}"
@@ -123,10 +125,10 @@ def _line(point: int, ends: dict[int, list[Row]], sweep: Sweep, front: bool) -> 
     }
     first = {r["seed"]: r for r in ends.get(0, ())}
     for metric in sweep.space.metrics:
-        line[metric] = _pm(*interval([r[metric] for r in mine]))
+        line[metric] = _pm(t_interval([r[metric] for r in mine]))
         pairs = [r[metric] - first[r["seed"]][metric] for r in mine if r["seed"] in first]
         if len(pairs) > 1 and point:
-            line[f"{metric} against point 0"] = _pm(*interval(pairs))
+            line[f"{metric} against point 0"] = _pm(t_interval(pairs))
     return line
 
 
@@ -134,8 +136,9 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
-def _pm(middle: float, half: float | None) -> str:
-    return f"{middle:.4f}" + ("" if half is None else f" ± {half:.4f}")
+def _pm(estimate: Estimate) -> str:
+    half = estimate.high - estimate.value
+    return f"{estimate.value:.4f}" + ("" if math.isnan(half) else f" ± {half:.4f}")
 
 
 def _clock(sweep: Sweep, table: Sequence[Row]) -> str:

@@ -11,26 +11,16 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
 from typing import Literal
 
+import numpy as np
+
 from ..errors import UserError
+from ..metrics import pareto
 
 Values = Mapping[str, float]
 Directions = Mapping[str, Literal["max", "min"]]  # the sweep's metrics, in order
 State = Literal["waiting", "undecided", "stopped", "finished", "failed"]
-T = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-)  # Student's t at 97.5% for 1, 2, ... degrees of freedom
 
 
 @dataclass(frozen=True)
@@ -92,9 +82,10 @@ def judge(
     return verdicts
 
 
-def pareto(points: Sequence[Values], metrics: Directions) -> list[int]:
-    """Numbers of the points that no other beats."""
-    return [i for i, p in enumerate(points) if not any(beats(q, p, metrics) for q in points)]
+def front(points: Sequence[Values], metrics: Directions) -> list[int]:
+    """Numbers of the points on the Pareto front."""
+    values = [[point[m] for m in metrics] for point in points]
+    return np.flatnonzero(pareto(values, [d == "max" for d in metrics.values()])).tolist()
 
 
 def choose(points: Sequence[Values], metrics: Directions, rule: Sequence[str]) -> int:
@@ -122,19 +113,10 @@ def choose(points: Sequence[Values], metrics: Directions, rule: Sequence[str]) -
                     f"--select: no finished point has {metric} {sign} {bound}; they have {told}"
                 )
         return max(candidates, key=lambda i: (gain(i, rule[-1]), -i))
-    front = pareto(points, metrics)
+    on_front = front(points, metrics)
 
     def scaled(number: int, metric: str) -> float:
-        values = [gain(i, metric) for i in front]
+        values = [gain(i, metric) for i in on_front]
         return (gain(number, metric) - min(values)) / ((max(values) - min(values)) or 1.0)
 
-    return max(front, key=lambda i: (sum(scaled(i, m) for m in metrics), -i))
-
-
-def interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """(mean, half of its 95% interval by Student's t; None where there is one value)."""
-    if len(values) < 2:
-        return mean(values), None
-    freedom = len(values) - 1
-    t = T[freedom - 1] if freedom <= len(T) else 1.96 + 2.6 / freedom  # within 0.01 there
-    return mean(values), t * stdev(values) / len(values) ** 0.5
+    return max(on_front, key=lambda i: (sum(scaled(i, m) for m in metrics), -i))
