@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from . import __version__
 from .config import SCORES, dump, load_config, shipped_recipes, shipped_studies
 from .errors import UserError
+from .logs import set_up_logging
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(
             line_buffering=True
         )  # a job's log tells what is going on while it does
-    sys.path.insert(0, os.getcwd())  # so that a module:function beside the user's recipe is found
+    set_up_logging(arguments.verbose - arguments.quiet)
     try:
         arguments.command(arguments)
     except BrokenPipeError:
@@ -52,6 +52,15 @@ def _parser() -> argparse.ArgumentParser:
         prog="midpo", description="Align a language model for safety and helpfulness, on Ray."
     )
     parser.add_argument("--version", action="version", version=f"midpo_ray {__version__}")
+    more = parser.add_mutually_exclusive_group()
+    more.add_argument(
+        "-v",
+        "--verbose",
+        action="count",
+        default=0,
+        help="also details, and the libraries' messages",
+    )
+    more.add_argument("-q", "--quiet", action="count", default=0, help="warnings and results alone")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="run a recipe, or what is missing of it")

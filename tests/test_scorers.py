@@ -268,7 +268,7 @@ def test_a_function_gets_texts(functions):
         ("my_scorer:bad", "nan for row 1, response 'Hello, and"),
         ("my_scorer:words", "a list of numbers is expected"),
         ("my_scorer:nothing", "a list of numbers is expected, this is NoneType"),
-        ("my_scorer:none", r"has no function none \(it has bad, few"),
+        ("my_scorer:none", "has no function none; it has: bad, few"),
         ("my_scorer:constant", "has no function constant"),
         ("no_such_module:f", "module no_such_module cannot be imported"),
         ("my_scorer", "module:function is expected"),

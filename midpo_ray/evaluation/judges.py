@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import http.client
-import importlib
 import json
 import math
 import re
@@ -32,6 +31,7 @@ from ..config import Scorer, digest
 from ..errors import UserError
 from ..models.scorers import load_scorer, plain_text
 from ..pipeline.plan import scorer_id
+from ..user_code import load_function
 from .cached import Job, Row
 from .refusal import is_refusal, version
 
@@ -135,18 +135,8 @@ class Function:
     """A user's module:function of (prompts, responses)."""
 
     def __init__(self, name: str) -> None:
-        module, _, self.column = name.partition(":")
-        self.name = name
-        try:
-            self.function = vars(importlib.import_module(module))[self.column]
-        except ImportError as error:
-            raise UserError(
-                f"--judges {name}: module {module} cannot be imported ({error})"
-            ) from None
-        except KeyError:
-            raise UserError(
-                f"--judges {name}: module {module} has no function {self.column}"
-            ) from None
+        self.name, self.column = name, name.rpartition(":")[2]
+        self.function = load_function(name, f"--judges {name}")
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         given = self.function(

@@ -14,7 +14,6 @@ Over-long input loses its end; PKU's EOS stays (ours). R rows, T tokens, D hidde
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from ..config import Scorer
 from ..data.tokens import PAPER_BEGIN, PAPER_TURN, render_plain
 from ..errors import UserError
+from ..user_code import load_function
 
 Prompts = Sequence[Sequence[tuple[str, str]]]
 Score = Callable[[Prompts, Sequence[str]], list[float]]
@@ -95,23 +95,7 @@ def _floats(values: Any, name: str) -> list[float]:
 
 
 def _function(name: str) -> Callable[[Prompts, Sequence[str]], Any]:
-    module_name, colon, function_name = name.partition(":")
-    if not (module_name and colon and function_name):
-        raise UserError(f"scorer {name!r}: module:function is expected")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(
-            f"scorer {name}: module {module_name} cannot be imported ({error})"
-        ) from None
-    function = vars(module).get(function_name)
-    if not callable(function):
-        known = ", ".join(
-            sorted(k for k, v in vars(module).items() if callable(v) and not k.startswith("_"))[:8]
-        )
-        raise UserError(
-            f"scorer {name}: module {module_name} has no function {function_name} (it has {known or 'none'})"
-        )
+    function = load_function(name, f"scorer {name}")
     return lambda prompts, responses: function(
         [plain_text(prompt) for prompt in prompts], list(responses)
     )
@@ -378,7 +362,7 @@ def _head_tensors(model: str) -> dict[str, Tensor]:
             file = files.enter_context(safe_open(path, framework="pt"))
             found |= {
                 key: file.get_tensor(key)
-                for key in file
+                for key in file.keys()  # noqa: SIM118 - safe_open is not iterable
                 if key.startswith(("score_head.", "normalizer."))
             }
     return found

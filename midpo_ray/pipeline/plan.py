@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from .. import __version__
 from ..config import EXPERTS, Config, Objective, Scorer, digest
 from ..errors import UserError
+from ..user_code import source_file
 from .manifest import Manifest
 
 FOLDERS = {
@@ -155,16 +155,8 @@ def scorer_id(scorer: Scorer | None) -> str:
 
 def _function_id(function: str) -> str:
     """The source of the module that holds a scorer function, so that editing it scores anew."""
-    module, colon, name = function.partition(":")
-    if not colon or not name:
-        raise UserError(f"scorer {function!r}: module:function is expected")
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None:
-        raise UserError(f"scorer {function!r}: no module {module!r} is found")
-    return _sha256(Path(spec.origin)) if spec.origin and Path(spec.origin).is_file() else function
+    file = source_file(function, f"scorer {function}")
+    return _sha256(file) if file else function
 
 
 def _sha256(path: Path) -> str:
