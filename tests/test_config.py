@@ -1,11 +1,12 @@
 """The configuration: shipped recipes, overrides, and errors of one line that name the key and the nearest known one."""
 
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from midpo_ray import UserError, load_config
-from midpo_ray.config import dump, shipped_recipes
+from midpo_ray.config import Config, Section, dump, shipped_recipes, validated, with_overrides
 
 MINIMAL = """
 model: {path: x}
@@ -105,8 +106,13 @@ def test_a_key_that_is_switched_off_stays_off(recipe: Path, tmp_path: Path) -> N
         ("router.optim.betas=[2, 3]", ["router.optim.betas", "less than 1"]),
         (
             "experts.safety.group.workers={min: 3, max: 1}",
-            ["experts.safety.group.workers", "min is 3, above max, 1"],
+            ["key experts.safety.group.workers:", "min is 3", "1"],
         ),
+        ("router.group.workers={min: 3}", ["key router.group.workers.max is missing"]),
+        ("router.group.workers=many", ["key router.group.workers:", "integer", "'many'"]),
+        ("scores.workers=-3", ["key scores.workers:", "greater than 0", "-3"]),
+        ("scores.workers=all", ["key scores.workers:", "integer", " or ", "'auto'"]),
+        ("experts.*.optim.lr=no", ["experts.safety.optim.lr", "experts.helpfulness.optim.lr"]),
         ("experts.safety.objective.name=dpoo", ["'dpo'", "'dpoo'"]),
         (
             "scores.reward={model: a, column: b}",
@@ -130,6 +136,66 @@ def test_bad_keys_and_values_in_one_line(recipe: Path, override: str, words: lis
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_every_wrong_key_is_named_at_once(recipe: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(recipe, ["seed=-1", "router.betta=1", "model.path=null"])
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "key seed:" in message
+    assert "unknown key router.betta, did you mean beta?" in message
+    assert "key model.path:" in message
+
+
+def test_overrides_leave_their_source_alone() -> None:
+    shared = {"lr": 1.0}
+    raw = {
+        "name": "x",
+        "model": {"path": "x"},
+        "data": {"sets": [{"path": "a"}]},
+        "router": {"rule": "labels"},
+        "experts": {
+            "safety": {"objective": {"name": "dpo"}, "optim": shared},
+            "helpfulness": {"objective": {"name": "dpo"}, "optim": shared},
+        },
+    }
+    changed = with_overrides(raw, {"experts.safety.optim.lr": 2.0, "data.sets.0.rows": 3}, "x")
+    assert changed.experts.safety.optim.lr == 2.0
+    assert changed.experts.helpfulness.optim.lr == 1.0
+    assert shared == {"lr": 1.0}
+    assert raw["data"] == {"sets": [{"path": "a"}]}
+    again = with_overrides(
+        changed, {"experts.*.objective.beta": 0.5, "scores.cost.column": "c"}, "x"
+    )
+    assert {e.objective.beta for e in (again.experts.safety, again.experts.helpfulness)} == {0.5}
+    assert again.scores.cost is not None
+    assert again.scores.cost.column == "c"
+    assert changed.scores.cost is None
+    assert with_overrides(changed, {}, "x") == changed
+    with pytest.raises(UserError, match=r"study s: name\.first: 'first'"):
+        with_overrides(changed, {"name.first": 1}, "study s")
+
+
+def test_a_key_that_was_replaced_names_its_successor() -> None:
+    class Renamed(Section):
+        renamed: ClassVar[dict[str, str]] = {"margin": "margin_scale"}
+        margin_scale: float = 1.0
+
+    with pytest.raises(UserError, match=r"unknown key margin, .*margin_scale"):
+        validated(Renamed, {"margin": 2}, "x")
+
+
+def test_every_key_has_a_meaning() -> None:
+    def check(section: type[Section], path: str) -> None:
+        for name, field in section.model_fields.items():
+            assert field.description, f"{path}{name}"
+            assert field.description.endswith("."), f"{path}{name}"
+            annotation = field.annotation
+            if isinstance(annotation, type) and issubclass(annotation, Section):
+                check(annotation, f"{path}{name}.")
+
+    check(Config, "")
 
 
 def test_margin_scale_zero_needs_no_scorer(recipe: Path) -> None:

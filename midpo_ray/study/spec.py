@@ -9,17 +9,17 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from ..config import (
     EXPERTS,
     Config,
     Section,
-    explain,
     load_config,
     read_mapping,
     shipped_studies,
-    validate,
+    validated,
+    with_overrides,
 )
 from ..errors import UserError
 
@@ -83,19 +83,7 @@ class Contender(Section):
 
     def at(self, config: Config, where: str) -> Config:
         """The recipe with this contender's overrides."""
-        raw = config.model_dump()
-        for name, value in self.set.items():
-            for key in (
-                [name.replace("*", e) for e in EXPERTS] if name.startswith("experts.*.") else [name]
-            ):
-                *parents, last = key.split(".")
-                node: Any = raw
-                for part in parents:
-                    node = node.get(part) if isinstance(node, dict) else None
-                if not isinstance(node, dict):
-                    raise UserError(f"{where}: {self.name}: set: {name} is no key of the recipe")
-                node[last] = value
-        return validate(raw, f"{where}: {self.name}: set")
+        return with_overrides(config, self.set, f"{where}: {self.name}: set")
 
 
 class Comparison(Section):
@@ -188,10 +176,7 @@ def load_study(
     raw = read_mapping(
         resources.files("midpo_ray.studies") / f"{name_or_path}.yaml" if shipped else path, where
     )
-    try:
-        study = Study.model_validate({**raw, **({"seeds": seeds} if seeds else {})})
-    except ValidationError as error:
-        raise UserError(f"{where}: {explain(error, Study)}") from None
+    study = validated(Study, {**raw, "seeds": seeds} if seeds else raw, where)
     beside = path.parent / study.recipe
     recipe = (
         str(beside) if not shipped and study.recipe.endswith((".yaml", ".yml")) else study.recipe

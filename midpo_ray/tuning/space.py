@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 from zlib import crc32
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from ..config import EXPERTS, Config, Section, Stage, explain, read_mapping, validate
+from ..config import EXPERTS, Config, Section, Stage, read_mapping, validated, with_overrides
 from ..errors import UserError
 
 Point = dict[str, Any]
@@ -194,10 +194,8 @@ def load_space(path: str, changes: dict[str, Any]) -> Space:
         UserError: one line that names the key, what is wrong, and what would have been right.
     """
     raw = read_mapping(Path(path), f"space {path}")
-    try:
-        return Space.model_validate({**raw, **{k: v for k, v in changes.items() if v is not None}})
-    except ValidationError as error:
-        raise UserError(f"space {path}: {explain(error, Space)}") from None
+    given = {key: value for key, value in changes.items() if value is not None}
+    return validated(Space, {**raw, **given}, f"space {path}")
 
 
 def fix(config: Config, space: Space, path: str) -> Config:
@@ -222,30 +220,18 @@ def fix(config: Config, space: Space, path: str) -> Config:
 
 def at(config: Config, space: Space, point: Point, where: str) -> Config:
     """The recipe at a point."""
-    raw = config.model_dump()
+    overrides = {}
+    trained = ", ".join(space.stages)
     for name, value in point.items():
-        keys = [k.split(".") for k in space.expand(name)]
-        for *parents, last in keys:
-            stage = (
-                parents[1]
-                if parents[:1] == ["experts"] and len(parents) > 1
-                else "".join(parents[:1])
-            )
-            if stage in (*EXPERTS, "router") and stage not in space.stages:
-                raise UserError(
-                    f"{where}: {name} is of a stage that is not trained here ({', '.join(space.stages)})"
-                )
-            node: Any = raw
-            for part in parents:
-                node = node.setdefault(part, {}) if isinstance(node, dict) else None
-            if not isinstance(node, dict):
-                raise UserError(f"{where}: {name} is no key of the recipe")
-            node[last] = value
+        keys = space.expand(name)
         if not keys:
-            raise UserError(
-                f"{where}: {name} is of the experts, which are not trained here ({', '.join(space.stages)})"
-            )
-    return validate(raw, where)
+            raise UserError(f"{where}: {name}: no expert is trained here, only {trained}")
+        for key in keys:
+            stage = key.removeprefix("experts.").partition(".")[0]
+            if stage in (*EXPERTS, "router") and stage not in space.stages:
+                raise UserError(f"{where}: {name}: {stage} is not trained here, only {trained}")
+            overrides[key] = value
+    return with_overrides(config, overrides, where)
 
 
 def grid(space: Space) -> list[Point]:
