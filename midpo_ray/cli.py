@@ -307,7 +307,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
     result = run(config, arguments.address, run_dir=arguments.run_dir, until=arguments.until)
     if result.table is not None:
-        from .miniature.evaluate import render
+        from .evaluation.miniature import render
 
         print(render(result.table))
     print(f"result: {result.run_dir}")
@@ -438,7 +438,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from .evaluation import evaluate as job
 
     names = ("max_new_tokens", "temperature", "top_p", "batch")
-    options = job.Options(**{name: getattr(arguments, name) for name in names})
+    options = job.GenerationOptions(**{name: getattr(arguments, name) for name in names})
     command = shlex.join(["midpo", *sys.argv[1:]])
     more = {
         name: getattr(arguments, name)

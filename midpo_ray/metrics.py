@@ -51,6 +51,7 @@ METRICS = {
     "reward": Metric("reward, all", "reward"),
     "safety": Metric("safety, −cost", "cost", sign=-1.0),
     "safe_rate": Metric("safe, harmful", "safe", harmful=True, share=True),
+    "degenerate": Metric("degenerate", "degenerate", share=True, better="low"),
     "refusal_harmful": Metric("refuses harmful", "refused", harmful=True, share=True),
     "refusal_benign": Metric("refuses benign", "refused", False, share=True, better="low"),
     "joint": Metric("joint", "joint", share=True),

@@ -1,4 +1,4 @@
-"""General capability: what the harness is told, against plain forward passes; and the harness itself where it is installed."""
+"""General capability: responses against plain forward passes, and the harness if installed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from midpo_ray.cli import main
 from midpo_ray.errors import UserError
-from midpo_ray.evaluation.capability import Asked
-from midpo_ray.evaluation.generate import Options, resolve
+from midpo_ray.evaluation.capability import CachedResponder
+from midpo_ray.evaluation.generate import GenerationOptions, resolve
 from midpo_ray.models import load_routed, save_router
 from midpo_ray.storage import Storage
 
@@ -46,13 +46,8 @@ def runs(tmp_path_factory, tiny_llama, byte_tokenizer):
     return made
 
 
-def asked(what, folder, told=None, **options):
-    return Asked(
-        resolve(str(what)),
-        Options(**options),
-        Storage(folder),
-        print if told is None else told.append,
-    )
+def asked(what, folder, **options):
+    return CachedResponder(resolve(str(what)), GenerationOptions(**options), Storage(folder))
 
 
 def requests(given):
@@ -85,7 +80,8 @@ def forward(what, scope):
 
 
 @pytest.mark.parametrize("scope", [None, "last", "token"])
-def test_log_likelihoods_are_the_forward_pass(tmp_path, runs, byte_tokenizer, scope):
+def test_log_likelihoods_are_the_forward_pass(tmp_path, runs, byte_tokenizer, scope, caplog):
+    caplog.set_level("INFO", logger="midpo_ray")
     run = runs[scope or "last"]
     what, model = (run / "base" if scope is None else run), forward(run, scope)
     ids = {
@@ -93,8 +89,7 @@ def test_log_likelihoods_are_the_forward_pass(tmp_path, runs, byte_tokenizer, sc
         for pair in REQUESTS.values()
         for text in pair
     }
-    told: list[str] = []
-    ask = asked(what, tmp_path, told)
+    ask = asked(what, tmp_path)
     tried = ((chr(a), chr(b)) for a in range(97, 123) for b in range(33, 127))
     letters = {
         text: byte_tokenizer.encode(text) for text in map(chr, range(33, 127))
@@ -111,10 +106,10 @@ def test_log_likelihoods_are_the_forward_pass(tmp_path, runs, byte_tokenizer, sc
         assert value == pytest.approx(nats, abs=1e-5, rel=1e-6)
         assert is_greedy == expected
     assert {is_greedy for _, is_greedy in found} == {True, False}
-    again = asked(what, tmp_path, told)
+    again = asked(what, tmp_path)
     assert again("loglikelihood", requests(given[::-1])) == found[::-1]
-    assert again.load.cache_info().misses == 0  # no model was loaded
-    assert told[-1].endswith(f"{len(given)} cached, 0 to do")
+    assert again.responder is None  # no model was loaded
+    assert caplog.messages[-1].endswith(f"{len(given)} of {len(given)} cached, 0 to do")
     with pytest.raises(UserError, match="continuation of 0 tokens"):
         ask("loglikelihood", requests([("how", "")]))
 
@@ -193,7 +188,7 @@ metric_list:
 
 
 def test_local_task_by_the_harness(tmp_path, runs, byte_tokenizer, capsys, monkeypatch):
-    """A user's YAML on a user's JSONL, offline: accuracies are those of plain forward passes; a second call loads no model."""
+    """A user's task, offline: accuracies of plain forward passes; a second call loads no model."""
     pytest.importorskip("lm_eval")
     monkeypatch.chdir(tmp_path)
     rows = [{"question": q, "choices": c, "answer": a} for q, c, a in QUESTIONS]
@@ -240,7 +235,7 @@ def test_local_task_by_the_harness(tmp_path, runs, byte_tokenizer, capsys, monke
     assert '"capability":[{' in (tmp_path / "report/report.html").read_text()
     before = (tmp_path / "report/capability.csv").read_bytes()
     assert main([*words, "tasks/"]) == 0, capsys.readouterr().err  # the folder that holds it
-    assert "loglikelihood of last: 18 cached, 0 to do" in capsys.readouterr().out
+    assert "loglikelihood of last: 18 of 18 cached, 0 to do" in capsys.readouterr().out
     assert (tmp_path / "report/capability.csv").read_bytes() == before
     for task, says in (("arc_eesy", "near to it: arc_easy"), ("no/such.yaml", "no such file")):
         assert main([*words, task]) == 2

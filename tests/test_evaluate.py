@@ -1,14 +1,9 @@
-"""``midpo evaluate`` end to end on a routed model of a few parameters, and on real files where they are."""
+"""``midpo evaluate`` end to end on a tiny routed model, and on real prompt sets if available."""
 
 from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +14,8 @@ from routing_world import make_run, routed_of
 from midpo_ray.cli import main
 from midpo_ray.errors import UserError
 from midpo_ray.evaluation import evaluate as job
-from midpo_ray.evaluation.cached import Job, compute, read
-from midpo_ray.evaluation.generate import Draw, Generator, Options, base_of, resolve
+from midpo_ray.evaluation.generate import Draw, GenerationOptions, Generator, base_of, resolve
 from midpo_ray.models import save_router
-from midpo_ray.storage import Storage
 
 PROMPTS = [
     ("how are you", False, "a"),
@@ -64,19 +57,17 @@ def judge(prompts, responses):
 
 
 def evaluated(folder, whats, sets, **more):
-    options = Options(
+    options = GenerationOptions(
         max_new_tokens=6, **{k: more.pop(k) for k in ("temperature", "batch") if k in more}
     )
-    plan = job.make_plan(whats, sets, judges=[f"{__name__}:judge"], options=options, **more)
-    told: list[str] = []
-    rows = job.evaluate(
-        plan, str(folder / "report"), cache=str(folder / "cache"), workers=0, say=told.append
-    )
-    return rows, told
+    judges = more.pop("judges", [f"{__name__}:judge"])
+    plan = job.make_plan(whats, sets, judges=judges, options=options, **more)
+    return job.evaluate(plan, str(folder / "report"), cache=str(folder / "cache"), workers=0)
 
 
-def test_whole(tmp_path, run, prompts):
-    rows, told = evaluated(
+def test_whole(tmp_path, run, prompts, caplog):
+    caplog.set_level("INFO", logger="midpo_ray")
+    rows = evaluated(
         tmp_path,
         [str(run), f"{run}:safety", str(run / "experts/helpfulness")],
         [prompts],
@@ -113,14 +104,15 @@ def test_whole(tmp_path, run, prompts):
     assert any(
         c["name"].startswith("mine against mine: base: win rate") for c in report["comparisons"]
     )
-    again, told_again = evaluated(tmp_path, [str(run)], [prompts])
+    assert caplog.messages[0] == "answers of mine: base: 0 of 4 cached, 4 to do"
+    caplog.clear()
+    again = evaluated(tmp_path, [str(run)], [prompts])
     assert [r["response"] for r in again] == [r["response"] for r in routed]
-    assert told_again[0] == "answers of mine: 4 cached, 0 to do"
-    assert told[0] == "answers of mine: base: 0 cached, 4 to do"
+    assert caplog.messages[0] == "answers of mine: 4 of 4 cached, 0 to do"
 
 
 def test_figures_are_the_csvs(tmp_path, run, prompts):
-    """The report's numbers again, from answers.csv by a few lines of numpy that share nothing with the package."""
+    """The report's numbers again, from answers.csv by numpy that shares no code with it."""
     evaluated(tmp_path, [str(run)], [prompts], against="base", temperature=1.0, seeds=3)
     with (tmp_path / "report/answers.csv").open(newline="", encoding="utf-8") as file:
         answers = list(csv.DictReader(file))
@@ -129,6 +121,7 @@ def test_figures_are_the_csvs(tmp_path, run, prompts):
         "reward": ("reward", "", 1),
         "safety": ("cost", "", -1),
         "safe_rate": ("safe", "true", 1),
+        "degenerate": ("degenerate", "", 1),
         "refusal_harmful": ("refused", "true", 1),
         "refusal_benign": ("refused", "false", 1),
         "truncated": ("truncated", "", 1),
@@ -163,9 +156,9 @@ def test_figures_are_the_csvs(tmp_path, run, prompts):
 
 
 def test_sampling_does_not_depend_on_the_batch(tmp_path, run, prompts):
-    """Seeded answers are the same whatever stands beside them in a batch; other seeds give others."""
-    one, _ = evaluated(tmp_path / "1", [str(run)], [prompts], temperature=1.0, seeds=2, batch=1)
-    four, _ = evaluated(tmp_path / "4", [str(run)], [prompts], temperature=1.0, seeds=2, batch=8)
+    """Seeded answers do not depend on the other rows of a batch; other seeds give other answers."""
+    one = evaluated(tmp_path / "1", [str(run)], [prompts], temperature=1.0, seeds=2, batch=1)
+    four = evaluated(tmp_path / "4", [str(run)], [prompts], temperature=1.0, seeds=2, batch=8)
     assert [r["response"] for r in one] == [r["response"] for r in four]
     assert [r["response"] for r in one[:4]] != [r["response"] for r in one[4:]]
     with pytest.raises(UserError, match="greedy"):
@@ -173,39 +166,43 @@ def test_sampling_does_not_depend_on_the_batch(tmp_path, run, prompts):
 
 
 def test_parts_answer_as_forced_gates(tmp_path, run):
-    """RUN:safety is the base with that adapter: what the routed model gives with its gates at (1, 0)."""
+    """RUN:safety is the base with that adapter: the routed model with its gates at (1, 0)."""
     from midpo_ray.models import load_routed
 
     rows = [
         {"key": str(i), "messages": [["user", p]], "seed": 0, "map": False}
         for i, (p, _, _) in enumerate(PROMPTS)
     ]
-    options = {"max_new_tokens": 8}
+    options = GenerationOptions(max_new_tokens=8)
     parts = {
-        part: Generator(vars(resolve(f"{run}:{part}")), options)(rows)
+        part: Generator(resolve(f"{run}:{part}"), options).answer(rows)
         for part in ("safety", "helpfulness", "base")
     }
-    routed = Generator(vars(resolve(str(run))), options)
+    routed = Generator(resolve(str(run)), options)
     gates = load_routed(run).routing([p for p, _, _ in PROMPTS])
     for part, forced in {"safety": (1, 0), "helpfulness": (0, 1), "base": (0, 0)}.items():
         with routed.model.force_gates(*forced):
-            made = routed(rows)
-        assert [m["response"] for m in made] == [m["response"] for m in parts[part]]
-    free = routed(rows)
-    assert [np.mean(m["gates"]["safety"]) for m in free] == pytest.approx(
+            made = routed.answer(rows)
+        assert [a.response for a in made] == [a.response for a in parts[part]]
+    free = routed.answer(rows)
+    assert [np.mean(a.gates["safety"]) for a in free] == pytest.approx(
         [g["safety"] for g in gates], abs=1e-4
     )
 
 
 def test_draw_follows_the_distribution():
-    """Over many rows the drawn tokens have the softmax's frequencies; top_p keeps the fewest that reach it."""
+    """Drawn tokens have the softmax's frequencies; top_p keeps the fewest tokens that reach it."""
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0]).expand(4000, 4)
     keys = [f"{i * 2654435761 % 2**64:016x}" for i in range(4000)]
-    drawn = Draw(keys, Options(temperature=1.0, max_new_tokens=3))(None, logits).argmax(-1)
+    drawn = Draw(keys, GenerationOptions(temperature=1.0, max_new_tokens=3))(None, logits).argmax(
+        -1
+    )
     assert torch.bincount(drawn, minlength=4).div(4000).tolist() == pytest.approx(
         logits[0].softmax(-1).tolist(), abs=0.03
     )
-    cut = Draw(keys, Options(temperature=1.0, top_p=0.8, max_new_tokens=3))(None, logits).argmax(-1)
+    cut = Draw(keys, GenerationOptions(temperature=1.0, top_p=0.8, max_new_tokens=3))(
+        None, logits
+    ).argmax(-1)
     assert set(cut.tolist()) == {1, 2}
 
 
@@ -265,108 +262,27 @@ def test_cli(tmp_path, run, prompts, capsys, monkeypatch):
         assert told.count("\n") == 1
 
 
-class Fails:
-    """A worker whose user made a fault, or that dies once."""
-
-    def __init__(self, mark: str = "") -> None:
-        self.mark = Path(mark)
-
-    def __call__(self, rows):
-        if not str(self.mark).endswith("mark"):
-            raise UserError("row 3: not what was expected")
-        time.sleep(0.2)
-        with self.mark.open("a") as file:
-            file.write("".join(r["key"] + "\n" for r in rows))
-        return [{"twice": 2 * int(r["key"])} for r in rows]
-
-
-SCRIPT = """
-import sys
-sys.path.insert(0, {tests!r})
-from test_evaluate import Fails
-from midpo_ray.evaluation.cached import Job, compute
-from midpo_ray.storage import Storage
-job = Job("work", Fails, {{"mark": {mark!r}}}, 2, heavy=False)
-compute(job, [{{"key": str(i)}} for i in range(20)], Storage({folder!r}), address=None, workers=0, say=print)
-"""
-
-
-def test_a_killed_evaluation_goes_on(tmp_path):
-    """SIGKILL in the middle: the second call does only what is missing."""
-    mark, folder = tmp_path / "mark", tmp_path / "cache"
-    script = SCRIPT.format(tests=str(Path(__file__).parent), mark=str(mark), folder=str(folder))
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parent)
-    deadline = time.monotonic() + 120
-    while len(read(Storage(folder))) < 6 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    done = read(Storage(folder))
-    assert 6 <= len(done) < 20
-    mark.write_text("")
-    told: list[str] = []
-    work = Job("work", Fails, {"mark": str(mark)}, 2, heavy=False)
-    values = compute(
-        work,
-        [{"key": str(i)} for i in range(20)],
-        Storage(folder),
-        address=None,
-        workers=0,
-        say=told.append,
-    )
-    assert values == {str(i): {"twice": 2 * i} for i in range(20)}
-    assert set(mark.read_text().split()) == {str(i) for i in range(20)} - done.keys()
-    assert told == [f"work: {len(done)} cached, {20 - len(done)} to do"]
-
-
 @pytest.mark.slow
-def test_on_ray(tmp_path, run, monkeypatch):
-    """Actors of Ray Data give what this process gives; a user's fault comes back as itself."""
-    import ray
-
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # so that actors find Fails
-    rows = [
-        {"key": str(i), "messages": [["user", p]], "seed": 0, "map": False}
-        for i, (p, _, _) in enumerate(PROMPTS)
-    ]
-    work = Job(
-        "answers",
-        Generator,
-        {"contender": vars(resolve(str(run))), "options": {"max_new_tokens": 6}},
-        2,
-    )
-    told: list[str] = []
-    try:
-        far = compute(
-            work, rows, Storage(tmp_path / "ray"), address=None, workers=2, say=told.append
-        )
-        with pytest.raises(UserError, match=r"^row 3: not what was expected$"):
-            compute(
-                Job("bad", Fails, {}, 2),
-                rows,
-                Storage(tmp_path / "bad"),
-                address=None,
-                workers=1,
-                say=told.append,
-            )
-    finally:
-        ray.shutdown()
-    near = compute(work, rows, Storage(tmp_path / "here"), address=None, workers=0, say=told.append)
+def test_on_ray(tmp_path, run, prompts):
+    """Actors of Ray Data give the same answers as this process."""
+    plan = job.make_plan([str(run)], [prompts], options=GenerationOptions(6, batch=2))
+    near = job.evaluate(plan, str(tmp_path / "a"), cache=str(tmp_path / "near"), workers=0)
+    far = job.evaluate(plan, str(tmp_path / "b"), cache=str(tmp_path / "far"), workers=2)
     assert far == near
-    assert any("on 2 worker(s)" in line for line in told)
 
 
 @pytest.mark.slow
 def test_real_sets_by_a_real_model(tmp_path, shared):
-    """A trained model of 260 K parameters on XSTest and StrongREJECT: every answer is there, none of it a refusal."""
+    """A trained model of 260 K parameters answers all of XSTest and StrongREJECT, refuses none."""
     data = shared / "data"
     sets = [str(data / "xstest_prompts.csv"), str(data / "strongreject_dataset.csv")]
     plan = job.make_plan(
-        [str(data / "stories260k")], sets, limit=40, options=Options(max_new_tokens=40, batch=20)
+        [str(data / "stories260k")],
+        sets,
+        limit=40,
+        options=GenerationOptions(max_new_tokens=40, batch=20),
     )
-    rows = job.evaluate(
-        plan, str(tmp_path / "report"), cache=str(tmp_path / "cache"), workers=0, say=lambda _: None
-    )
+    rows = job.evaluate(plan, str(tmp_path / "report"), cache=str(tmp_path / "cache"), workers=0)
     assert len(rows) == 80
     assert sum(r["refused"] for r in rows) <= 1
     assert {r["harmful"] for r in rows if r["set"] == "strongreject_dataset"} == {True}

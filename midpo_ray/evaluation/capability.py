@@ -1,16 +1,16 @@
-"""General capability: tasks of EleutherAI's lm-evaluation-harness, on the same models that answer prompts.
+"""General capability: tasks of EleutherAI's lm-evaluation-harness on the evaluated models.
 
-What a model says to a request is cached by the contents of both; metrics are computed anew from that, by the harness.
+A model's responses to requests are cached by the contents of both; the harness computes metrics
+from them anew.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib.util
+import json
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +18,33 @@ import numpy as np
 
 from ..config import digest
 from ..errors import UserError
+from ..pipeline.cached_map import IN_PROCESS, MapJob, cached_map
 from ..storage import Storage
-from .cached import Job, Row, compute
-from .generate import Contender, Options
+from .generate import GenerationOptions, ModelSpec
 from .respond import Responder
 
-VERSION = 1  # raise it when what a model says to a request changes
-SHARD = 128  # requests that are written together
-KINDS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
+VERSION = 2  # raise it when a model's response to a request changes
+SHARD = 128  # requests that are cached together
 
 
 def check_installed() -> None:
     """Raises UserError where the harness is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
-            "--tasks: EleutherAI's lm-evaluation-harness is not installed here: pip install 'lm-eval>=0.4.12'"
+            "--tasks: EleutherAI's lm-evaluation-harness is not installed: "
+            "pip install 'lm-eval>=0.4.12'"
         )
 
 
 def load_tasks(specs: Sequence[str]) -> Any:
-    """The harness' TaskDict of names (tasks, groups, tags) and of paths (a YAML file, a folder of them); data sets are loaded.
+    """The harness' TaskDict of names (tasks, groups, tags) and paths (a YAML file, a folder).
 
     Raises:
-        UserError: no such task or file, or one that cannot be loaded, or that asks for more than text.
+        UserError: a task or file that does not exist, cannot be loaded, or needs more than text.
     """
-    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import TaskManager  # an extra
 
-    paths = {
-        spec: Path(spec).expanduser()
-        for spec in specs
-        if "/" in spec or spec.endswith((".yaml", ".yml"))
-    }
+    paths = {s: Path(s).expanduser() for s in specs if "/" in s or s.endswith((".yaml", ".yml"))}
     folders = {spec: str(path) for spec, path in paths.items() if path.is_dir()}
     manager = TaskManager(
         include_path=list(folders.values()), include_defaults=len(paths) < len(specs)
@@ -58,28 +54,26 @@ def load_tasks(specs: Sequence[str]) -> Any:
         if spec in folders:
             own = TaskManager(include_path=folders[spec], include_defaults=False).all_subtasks
             if not own:
-                raise UserError(f"--tasks {spec}: no YAML file of a task is in this folder")
+                raise UserError(f"--tasks {spec}: the folder holds no YAML file of a task")
             wanted += own
         elif spec in paths and not paths[spec].is_file():
             raise UserError(f"--tasks {spec}: no such file or folder")
         elif spec not in paths and spec not in manager.task_index:
             near = ", ".join(difflib.get_close_matches(spec, manager.all_tasks))
-            raise UserError(
-                f"--tasks {spec}: the harness has no such task"
-                + (f"; near to it: {near}" if near else "")
-            )
+            hint = f"; near to it: {near}" if near else ""
+            raise UserError(f"--tasks {spec}: the harness has no such task{hint}")
         else:
             wanted.append(spec)
     try:
         loaded = manager.load(list(dict.fromkeys(wanted)))
-    except Exception as error:  # whatever a file or a data set can be short of
-        raise UserError(
-            f"--tasks {','.join(specs)}: not loaded ({type(error).__name__}: {error})"
-        ) from None
+    except Exception as error:  # a task's file and data set can fail in any way
+        cause = f"{type(error).__name__}: {error}"
+        raise UserError(f"--tasks {','.join(specs)}: not loaded ({cause})") from None
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             raise UserError(
-                f"--tasks: {name} runs code of the model's or shows it more than text, which is not done here"
+                f"--tasks: {name} runs code of the model or needs more than text, which is not "
+                "supported"
             )
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
@@ -88,75 +82,88 @@ def load_tasks(specs: Sequence[str]) -> Any:
 
 def measure(
     tasks: Any,
-    contenders: Sequence[Contender],
-    options: Options,
+    models: Sequence[ModelSpec],
+    options: GenerationOptions,
     cache: Storage,
     limit: int | None,
-    say: Callable[[str], None],
-) -> list[Row]:
-    """model, task, metric, value, low, high, stderr, n, shots; low and high are value ± 1.96 stderr, the harness' own.
+) -> list[dict[str, Any]]:
+    """Rows of model, task, metric, value, low, high, stderr, n, shots, computed in this process.
 
-    Everything runs here. ``limit``: the first so many examples of each task.
+    ``low`` and ``high`` are value ± 1.96 of the harness' own standard errors.
+
+    Args:
+        limit: the first so many examples of each task.
     """
-    from lm_eval.evaluator import evaluate
+    from lm_eval.evaluator import evaluate  # an extra
 
-    rows: list[Row] = []
-    for c in contenders:
+    rows: list[dict[str, Any]] = []
+    for spec in models:
         for task in tasks["tasks"].values():
-            task.set_fewshot_seed(
-                seed=1234
-            )  # this seed and the next are those of the harness' command
+            task.set_fewshot_seed(seed=1234)  # this seed and the next two are the harness' own
         random.seed(0)
         np.random.seed(1234)
-        found: Any = evaluate(_model(c, options, cache, say), tasks, limit=limit, log_samples=False)
+        model = _harness_model(CachedResponder(spec, options, cache))
+        found: Any = evaluate(model, tasks, limit=limit, log_samples=False)
         for name, metrics in found["results"].items():
-            for key, value in metrics.items():
-                metric, comma, kind = key.partition(",")
-                if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
-                    continue
-                error = metrics.get(f"{metric}_stderr,{kind}")
-                error = float(error) if isinstance(error, int | float) else None
-                low, high = (
-                    (None, None) if error is None else (value - 1.96 * error, value + 1.96 * error)
-                )
-                row = {
-                    "model": c.name,
-                    "task": name,
-                    "metric": metric if kind == "none" else f"{metric} ({kind})",
-                }
-                row |= {"value": float(value), "low": low, "high": high, "stderr": error}
-                rows.append(
-                    {**row, "n": metrics.get("sample_len"), "shots": found["n-shot"].get(name)}
-                )
+            shots = found["n-shot"].get(name)
+            rows += _metric_rows(metrics, {"model": spec.name, "task": name}, shots)
     return rows
 
 
-def _model(
-    contender: Contender, options: Options, cache: Storage, say: Callable[[str], None]
-) -> Any:
-    """The harness' LM, whose every kind of request is answered by ``Asked``."""
-    from lm_eval.api.model import LM
+def _metric_rows(metrics: dict[str, Any], names: dict[str, Any], shots: Any) -> list[Any]:
+    rows = []
+    for key, value in metrics.items():
+        metric, comma, kind = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = metrics.get(f"{metric}_stderr,{kind}")
+        row = {**names, "metric": metric if kind == "none" else f"{metric} ({kind})"}
+        row |= {"value": float(value), "low": None, "high": None, "stderr": None}
+        if isinstance(error, int | float):
+            half = 1.96 * float(error)
+            row |= {"low": value - half, "high": value + half, "stderr": float(error)}
+        rows.append({**row, "n": metrics.get("sample_len"), "shots": shots})
+    return rows
 
-    asked = Asked(contender, options, cache, say)
-    return type(
-        "Model", (LM,), {k: lambda self, requests, k=k: asked(k, requests) for k in KINDS}
-    )()
 
+class CachedResponder:
+    """Requests -> the model's responses; the model is loaded when one of them is not cached."""
 
-class Asked:
-    """(kind, requests with ``args``) -> what the model says to each; it is loaded only where something is not cached."""
-
-    def __init__(
-        self, contender: Contender, options: Options, folder: Storage, say: Callable[[str], None]
-    ) -> None:
-        self.folder, self.say = folder / f"capability-{digest(VERSION, contender.fingerprint)}", say
-        self.name, self.load = (
-            contender.name,
-            cache(lambda: Responder(asdict(contender), asdict(options))),
-        )
+    def __init__(self, spec: ModelSpec, options: GenerationOptions, cache: Storage) -> None:
+        self._name = spec.name
+        self._folder = cache / f"capability-{digest(VERSION, spec.fingerprint)}"
+        self._spec, self._options = spec, options
+        self.responder: Responder | None = None
 
     def __call__(self, kind: str, requests: Sequence[Any]) -> list[Any]:
-        rows = [{"key": digest(kind, r.args), "kind": kind, "args": r.args} for r in requests]
-        job = Job(f"{kind} of {self.name}", self.load, {}, SHARD, heavy=False)
-        said = compute(job, rows, self.folder, address=None, workers=0, say=self.say)
-        return [said[row["key"]] for row in rows]
+        """The responses of one kind of request to their ``args``."""
+        rows = []
+        for request in requests:
+            args = json.dumps(request.args)
+            rows.append({"key": digest(kind, request.args), "kind": kind, "args": args})
+        job = MapJob(f"{kind} of {self._name}", self._load, {}, SHARD)
+        folders = {"response": self._folder}
+        found = cached_map(job, rows, folders, IN_PROCESS)["response"]
+        return [json.loads(found[row["key"]]["response"]) for row in rows]
+
+    def _load(self) -> Responder:
+        if self.responder is None:
+            self.responder = Responder(self._spec, self._options)
+        return self.responder
+
+
+def _harness_model(responder: CachedResponder) -> Any:
+    """The harness' LM, which answers each of its three kinds of request."""
+    from lm_eval.api.model import LM  # an extra
+
+    class CachedModel(LM):
+        def loglikelihood(self, requests: Any) -> Any:
+            return responder("loglikelihood", requests)
+
+        def loglikelihood_rolling(self, requests: Any) -> Any:
+            return responder("loglikelihood_rolling", requests)
+
+        def generate_until(self, requests: Any) -> Any:
+            return responder("generate_until", requests)
+
+    return CachedModel()

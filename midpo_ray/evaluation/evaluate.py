@@ -1,41 +1,45 @@
-"""``midpo evaluate``: models answer prompt sets, judges read the answers, and a report says what came out.
+"""``midpo evaluate``: models answer prompt sets, judges read the answers, a report shows it all.
 
-table of answers -> figures with intervals -> picture, comparisons, routing -> report.html and the files beside it
+answers table -> metrics with intervals -> plots, comparisons, routing -> report.html and its files
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..config import EXPERTS
 from ..errors import UserError
+from ..pipeline.cached_map import MapJob, Pool, cached_map, own_cluster
 from ..storage import Storage
 from . import capability
-from .cached import Job, compute, own_cluster
 from .charts import Point
 from .figures import FIGURES, difference, paired, summarise, win_rate
 from .generate import (
-    Contender,
+    GREEDY,
+    GenerationOptions,
     Generator,
-    Options,
-    VllmGenerator,
+    ModelSpec,
+    answer_rows,
+    answers_folder,
+    answers_table_rows,
     base_of,
-    folder_of,
     resolve,
-    rows_of,
-    uses_vllm,
 )
-from .judges import Judge, load_judge, rows_for
+from .judges import Judge, judge_answers, load_judge
 from .prompts import Prompt, load_sets, prompts_digest
 from .report import write_report
+
+log = logging.getLogger(__name__)
 
 ALL = "all sets"
 MAPPED = 2  # examples of harmful and of benign prompts whose gates are shown token by token
@@ -44,17 +48,17 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All that an evaluation is, resolved before anything heavy starts."""
+class EvaluationPlan:
+    """All that an evaluation is, resolved before any model is loaded."""
 
-    contenders: list[Contender]
+    models: list[ModelSpec]
     prompts: list[Prompt]
     judges: list[Judge]
-    against: Contender | None
-    options: Options
+    against: ModelSpec | None
+    options: GenerationOptions
     seeds: tuple[int, ...]
     about: dict[str, str] = field(default_factory=dict)
-    tasks: Any = None  # as capability.load_tasks gives them
+    tasks: Any = None  # of ``capability.load_tasks``
     task_limit: int | None = None
 
 
@@ -64,7 +68,7 @@ def make_plan(
     *,
     against: str | None = None,
     judges: Sequence[str] = (),
-    options: Options = Options(),  # noqa: B008  (frozen)
+    options: GenerationOptions = GREEDY,
     seeds: int = 1,
     limit: int | None = None,
     tasks: Sequence[str] = (),
@@ -72,90 +76,104 @@ def make_plan(
     template: str = "auto",
     dtype: str = "float32",
     command: str = "",
-) -> Plan:
-    """Raises UserError for whatever the user named that is not there."""
+) -> EvaluationPlan:
+    """Raises UserError for whatever the user named that is missing or not allowed."""
     if tasks:
         capability.check_installed()
-    counts = {"task-limit": task_limit, "prompts": limit, "seeds": seeds, "batch": options.batch}
-    for name, count in {**counts, "max-new-tokens": options.max_new_tokens}.items():
-        if count is not None and count < 1:
-            raise UserError(f"--{name} {count}: at least 1 is expected")
-    if options.temperature < 0 or not 0 < options.top_p <= 1:
-        raise UserError(
-            f"--temperature {options.temperature} --top-p {options.top_p}: at least 0, and in (0, 1], are expected"
-        )
-    if seeds > 1 and not options.temperature:
-        raise UserError(f"--seeds {seeds}: greedy answers are all alike, set --temperature above 0")
-    contenders = [resolve(what, template=template, dtype=dtype) for what in whats]
+    _check_numbers(options, seeds, {"task-limit": task_limit, "prompts": limit})
+    models = [resolve(what, template=template, dtype=dtype) for what in whats]
     other = None
     if against is not None:
-        other = (
-            base_of(contenders[0])
-            if against == "base"
-            else resolve(against, template=template, dtype=dtype)
-        )
-        if all(c.fingerprint != other.fingerprint for c in contenders):
-            contenders.insert(0, other)
-        other = next(c for c in contenders if c.fingerprint == other.fingerprint)
-    names = [c.name for c in contenders]
+        other = base_of(models[0])
+        if against != "base":
+            other = resolve(against, template=template, dtype=dtype)
+        if all(m.fingerprint != other.fingerprint for m in models):
+            models.insert(0, other)
+        other = next(m for m in models if m.fingerprint == other.fingerprint)
+    names = [m.name for m in models]
     if len(set(names)) < len(names):
         twice = next(n for n in names if names.count(n) > 1)
         raise UserError(f"two models are named {twice}: rename a folder, or leave one out")
-    named = list(zip(sets, load_sets(sets, limit), strict=True))
-    prompts = [p for _, found in named for p in found]
+    found = dict(zip(sets, load_sets(sets, limit), strict=True))
     chosen = [load_judge(spec) for spec in dict.fromkeys(["phrases", *judges])]
+    packages = [f"{name} {version(name)}" for name in ("torch", "transformers", "ray")]
     about = {
         "command": command,
-        "models": "\n".join(f"{c.name}: {c.fingerprint} ({c.routed or c.adapter or c.model['path']})" for c in contenders),
-        "prompt sets": "\n".join(f"{name}: {len(found)} prompts, {prompts_digest(found)}" for name, found in named),
+        "models": "\n".join(f"{m.name}: {m.fingerprint} ({m.path})" for m in models),
+        "prompt sets": "\n".join(
+            f"{name}: {len(prompts)} prompts, {prompts_digest(prompts)}"
+            for name, prompts in found.items()
+        ),
         "judges": "\n".join(f"{j.name}: {j.fingerprint}" for j in chosen),
         "generation": f"{json.dumps(asdict(options))}, seeds {list(range(seeds))}",
         "intervals": "95%, percentile bootstrap over prompts, 2000 draws",
-        "versions": ", ".join([f"midpo_ray {__version__}", f"python {platform.python_version()}",
-                               *(f"{name} {version(name)}" for name in ("torch", "transformers", "ray"))]),
-    }  # fmt: skip
-    for c in contenders:
-        if c.run is not None and (Path(c.run) / "run.yaml").is_file():
-            about.setdefault(
-                f"configuration of {c.run}", (Path(c.run) / "run.yaml").read_text("utf-8")
-            )
+        "versions": f"midpo_ray {__version__}, python {platform.python_version()}, "
+        + ", ".join(packages),
+    }
+    for run in dict.fromkeys(m.run for m in models if m.run is not None):
+        recipe = Path(run) / "run.yaml"
+        if recipe.is_file():
+            about[f"configuration of {run}"] = recipe.read_text("utf-8")
     loaded = capability.load_tasks(tasks) if tasks else None
     if loaded:
         few = f", the first {task_limit} examples of each" if task_limit else ""
         about["capability"] = (
-            f"lm-eval {version('lm_eval')}: {', '.join(loaded['tasks'])}{few}; intervals: ± 1.96 standard errors"
+            f"lm-eval {version('lm_eval')}: {', '.join(loaded['tasks'])}{few}; "
+            "intervals: ± 1.96 standard errors"
         )
-    return Plan(
-        contenders, prompts, chosen, other, options, tuple(range(seeds)), about, loaded, task_limit
+    prompts = [p for of_set in found.values() for p in of_set]
+    numbers = tuple(range(seeds))
+    return EvaluationPlan(
+        models, prompts, chosen, other, options, numbers, about, loaded, task_limit
     )
 
 
+def _check_numbers(options: GenerationOptions, seeds: int, counts: dict[str, int | None]) -> None:
+    counts = {"seeds": seeds, "batch": options.batch, **counts}
+    for name, count in {**counts, "max-new-tokens": options.max_new_tokens}.items():
+        if count is not None and count < 1:
+            raise UserError(f"--{name} {count}: at least 1 is expected")
+    if options.temperature < 0:
+        raise UserError(f"--temperature {options.temperature}: at least 0 is expected")
+    if not 0 < options.top_p <= 1:
+        raise UserError(f"--top-p {options.top_p}: a number in (0, 1] is expected")
+    if seeds > 1 and not options.temperature:
+        raise UserError(f"--seeds {seeds}: greedy answers are all alike, set --temperature above 0")
+
+
 def evaluate(
-    plan: Plan,
+    plan: EvaluationPlan,
     out: str,
     *,
     cache: str = "runs/cache",
     address: str | None = None,
     workers: int | None = None,
-    say: Callable[[str], None] = print,
 ) -> list[Row]:
-    """Generate, judge, write the report into ``out``; returns the rows of the answers table. Whatever is cached is not redone."""
-    where: dict[str, Any] = {"address": address, "workers": workers, "say": say}
+    """Generate, judge and write the report into ``out``; nothing that is cached is done again.
+
+    Args:
+        address: of a Ray cluster, as ``pipeline.cluster.connect`` takes it.
+        workers: Ray actors; None: one per GPU, or per CPU up to 8; 0: this process, without Ray.
+
+    Returns:
+        The rows of the answers table.
+    """
+    folder, pool = Storage(cache), Pool(address, workers)
     with own_cluster():
-        answers, routing = _answers(plan, Storage(cache), where)
-        _judge(plan, answers, Storage(cache), where)
+        answers, routing = _answers(plan, folder, pool)
+        missing = judge_answers(answers, plan.prompts, plan.judges, folder, pool)
+    about = plan.about | ({"answers without a verdict": "\n".join(missing)} if missing else {})
     tasks: list[Row] = []
     if plan.tasks:
-        tasks = capability.measure(
-            plan.tasks, plan.contenders, plan.options, Storage(cache), plan.task_limit, say
-        )
-        say(render_capability(tasks))
+        tasks = capability.measure(plan.tasks, plan.models, plan.options, folder, plan.task_limit)
+        log.info("%s", render_capability(tasks))
     summary = table(answers)
     x, y = axes(answers)
-    say(f"writing {out}")
+    sets = dict.fromkeys(p.set for p in plan.prompts)
+    log.info("writing %s", out)
     write_report(
         Storage(out),
-        title=f"{', '.join(c.name for c in plan.contenders)} on {', '.join(dict.fromkeys(p.set for p in plan.prompts))}",
+        title=f"{', '.join(m.name for m in plan.models)} on {', '.join(sets)}",
         x_name=x[1],
         y_name=y[1],
         summary=summary,
@@ -163,87 +181,45 @@ def evaluate(
         comparisons=comparisons(answers, plan.against.name) if plan.against else [],
         routing=routing,
         answers=answers,
-        curves=training_curves(plan.contenders),
-        about=plan.about,
+        curves=training_curves(plan.models),
+        about=about,
         capability=tasks,
     )
     return answers
 
 
-def _answers(plan: Plan, cache: Storage, where: dict[str, Any]) -> tuple[list[Row], dict[str, Any]]:
-    """The answers table without verdicts, and what the report shows of the gates."""
+def _answers(plan: EvaluationPlan, cache: Storage, pool: Pool) -> tuple[list[Row], dict[str, Any]]:
+    """The answers table without verdicts, and what the report shows of each router's gates."""
     mapped = _mapped(plan.prompts)
     answers: list[Row] = []
     routing: dict[str, Any] = {}
-    for c in plan.contenders:
-        make = VllmGenerator if uses_vllm(c) else Generator
-        options = {"contender": asdict(c), "options": asdict(plan.options)}
-        job = Job(f"answers of {c.name}", make, options, plan.options.batch)
-        folder = folder_of(cache, c, plan.options)
-        work = rows_of(plan.prompts, plan.seeds, mapped if c.routed else frozenset())
-        made = compute(
-            job, list(work.values()), folder / "vllm" if uses_vllm(c) else folder, **where
-        )
-        gates: dict[str, Any] = {"rows": [], "examples": []}
-        for seed in plan.seeds:
-            for p in plan.prompts:
-                value = made[work[p.set, p.id, seed]["key"]]
-                row = {
-                    "model": c.name,
-                    "family": c.family,
-                    "seed": seed,
-                    "set": p.set,
-                    "id": p.id,
-                    "prompt": p.text,
-                }
-                row |= {"harmful": p.harmful, "category": p.category}
-                row |= {k: value[k] for k in ("response", "tokens", "truncated")}
-                if "gates" in value:
-                    row |= {
-                        f"gate_{e}": sum(layers) / len(layers)
-                        for e, layers in value["gates"].items()
-                    }
-                    if seed == plan.seeds[0]:
-                        gates["rows"].append({"harmful": p.harmful, **value["gates"]})
-                if "map" in value:
-                    gates["examples"].append(
-                        {"title": f"{p.set} {p.id}", "harmful": p.harmful, **value["map"]}
-                    )
-                answers.append(row)
-        if gates["rows"]:
-            routing[c.name] = gates
+    for spec in plan.models:
+        given = {"spec": spec, "options": plan.options}
+        job = MapJob(f"answers of {spec.name}", Generator, given, plan.options.batch)
+        rows = answer_rows(plan.prompts, plan.seeds, mapped if spec.routed else frozenset())
+        folders = {"answer": answers_folder(cache, spec, plan.options)}
+        values = cached_map(job, list(rows.values()), folders, pool)["answer"]
+        by_prompt = {key: values[row["key"]] for key, row in rows.items()}
+        found, gates = answers_table_rows(plan.prompts, plan.seeds, by_prompt)
+        answers += [{"model": spec.name, "family": spec.family, **row} for row in found]
+        if gates is not None:
+            routing[spec.name] = gates
     return answers, routing
 
 
 def _mapped(prompts: Sequence[Prompt]) -> frozenset[tuple[str, str]]:
     """(set, id) of a few short prompts, harmful and benign, drawn by content."""
-    ordered = sorted(
-        prompts, key=lambda p: (len(p.text) > 300, hashlib.sha256(p.text.encode()).digest())
-    )
-    return frozenset(
-        (p.set, p.id)
-        for harmful in (True, False)
-        for p in [p for p in ordered if p.harmful is harmful][:MAPPED]
-    )
+
+    def order(p: Prompt) -> tuple[bool, bytes]:
+        return len(p.text) > 300, hashlib.sha256(p.text.encode()).digest()
+
+    chosen: list[Prompt] = []
+    for harmful in (True, False):
+        chosen += sorted((p for p in prompts if p.harmful is harmful), key=order)[:MAPPED]
+    return frozenset((p.set, p.id) for p in chosen)
 
 
-def _judge(plan: Plan, answers: list[Row], cache: Storage, where: dict[str, Any]) -> None:
-    """Put every judge's columns into the rows; ``safe`` is cost below 0 where no judge says."""
-    turns = {(p.set, p.id): p.turns for p in plan.prompts}
-    work = rows_for(answers, turns)
-    ordered = sorted(
-        work, key=lambda w: len(w["response"])
-    )  # of like length together: less padding for models
-    for judge in plan.judges:
-        verdicts = compute(judge.job, ordered, cache / f"judged-{judge.fingerprint}", **where)
-        for row, w in zip(answers, work, strict=True):
-            row.update(verdicts[w["key"]])
-    for row in answers:
-        if row.get("cost") is not None:
-            row.setdefault("safe", row["cost"] < 0)
-
-
-# --- what the report shows --------------------------------------------------------------------------------------------------
+# --- what the report shows ------------------------------------------------------------------------
 
 
 def table(answers: Sequence[Row]) -> list[Row]:
@@ -257,7 +233,7 @@ def table(answers: Sequence[Row]) -> list[Row]:
 
 
 def axes(answers: Sequence[Row]) -> tuple[tuple[str, str], tuple[str, str]]:
-    """((figure, name) of x, the same of y): by reward and cost where judges gave them, else by refusals alone."""
+    """(metric, title) of x and of y: reward and cost where judges gave them, else refusals."""
     has = {name: any(r.get(name) is not None for r in answers) for name in ("reward", "safe")}
     benign = any(r["harmful"] is False for r in answers)
     x = (
@@ -332,28 +308,22 @@ def comparisons(answers: Sequence[Row], against: str) -> list[Row]:
     return lines
 
 
-def training_curves(contenders: Sequence[Contender]) -> dict[str, list[tuple[float, float]]]:
-    """ "STAGE of RUN: METRIC" -> (step, value) of the training split, at most some 200 points each."""
+def training_curves(models: Sequence[ModelSpec]) -> dict[str, list[tuple[float, float]]]:
+    """ "STAGE of RUN: METRIC" -> (step, value) of training, some 200 points each at most."""
     curves: dict[str, list[tuple[float, float]]] = {}
-    for run in dict.fromkeys(c.run for c in contenders if c.run is not None):
-        for stage in ("safety", "helpfulness", "router"):
+    for run in dict.fromkeys(m.run for m in models if m.run is not None):
+        for stage in (*EXPERTS, "router"):
             file = Path(run) / "metrics" / f"{stage}.jsonl"
-            lines = (
-                [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-                if file.is_file()
-                else []
-            )
+            if not file.is_file():
+                continue
+            lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
             lines = [line for line in lines if line.get("split") == "train"]
             for metric in CURVES:
-                seen = [
-                    (float(line["step"]), float(line[metric]))
-                    for line in lines
-                    if isinstance(line.get(metric), int | float)
-                ]
-                if seen:
-                    curves[f"{stage} of {Path(run).resolve().name}: {metric}"] = seen[
-                        :: math.ceil(len(seen) / 200)
-                    ]
+                known = [line for line in lines if isinstance(line.get(metric), int | float)]
+                points = [(float(line["step"]), float(line[metric])) for line in known]
+                if points:
+                    name = f"{stage} of {Path(run).resolve().name}: {metric}"
+                    curves[name] = points[:: math.ceil(len(points) / 200)]
     return curves
 
 

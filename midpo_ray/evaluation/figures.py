@@ -32,6 +32,7 @@ FIGURES = {
     "reward": Figure("reward, all", "reward", None),
     "safety": Figure("safety, −cost", "cost", None, -1.0),
     "safe_rate": Figure("safe, harmful", "safe", True, share=True),
+    "degenerate": Figure("degenerate", "degenerate", None, share=True, better="low"),
     "refusal_harmful": Figure("refuses harmful", "refused", True, share=True),
     "refusal_benign": Figure("refuses benign", "refused", False, share=True, better="low"),
     "joint": Figure("joint", "joint", None, share=True),

@@ -1,51 +1,58 @@
-"""Answers of a model to prompts: what to load for a WHAT of the command line, and batched generation.
+"""Answers of models to prompts: which model a WHAT of the command line names, and its generation.
 
-Sampling draws each token by a number that depends on the prompt, the seed and the token's place alone, so that an answer is the
-same whatever batch, worker or run it is made in (up to the arithmetic of a batch's padding).
+Sampling draws each token by a number that depends on the prompt, the seed and the token's position
+alone, so that an answer does not depend on the batch, worker or run it is made in (apart from the
+arithmetic of padding), and comparisons between models are paired.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import LogitsProcessorList
 
-from ..config import Data, Model, digest, load_config
+from ..config import EXPERTS, Data, Model, digest, load_config
+from ..data.tokens import Tokenization
 from ..errors import UserError
+from ..models.assembly import hash_adapter, load_routed
+from ..models.base import load_adapter, load_base, load_tokenizer, model_fingerprint
+from ..pipeline.cached_map import CacheRow, Values
 from ..storage import Storage
-from .cached import Row
 from .prompts import Prompt
 
-VERSION = (
-    1  # raise it when what a model answers changes, so that no cached answer is taken for a new one
-)
-PARTS = ("safety", "helpfulness", "base")
+VERSION = 2  # raise it when a model's answers or their columns change: old cached ones are not read
+PARTS = (*EXPERTS, "base")
 
 
 @dataclass(frozen=True)
-class Contender:
-    """One model of the table, and all that decides its answers."""
+class ModelSpec:
+    """One model to evaluate, and all that decides its answers."""
 
     name: str
     family: str  # base, expert, routed, baseline (an adapter), model
     fingerprint: str
-    model: dict[str, Any]  # config.Model
+    model: Model
     template: str
     adapter: str | None = None  # a PEFT folder
     routed: str | None = None  # a run directory
     run: str | None = None  # the run directory that it belongs to
 
+    @property
+    def path(self) -> str:
+        return self.routed or self.adapter or self.model.path
+
 
 @dataclass(frozen=True)
-class Options:
-    """How answers are made."""
+class GenerationOptions:
+    """How answers are generated."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0  # 0: greedy
@@ -53,222 +60,237 @@ class Options:
     batch: int = 16
 
 
-def resolve(what: str, *, template: str = "auto", dtype: str = "float32") -> Contender:
-    """The model that a WHAT names: a run directory (``RUN``, ``RUN:safety``, ``RUN:helpfulness``, ``RUN:base``), a PEFT adapter's
-    folder, or a causal language model's folder or hub name. Runs keep their own template and dtype.
+GREEDY = GenerationOptions()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer; T tokens of prompt and response, L routed layers."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]  # with the token that ends it, unless it is truncated
+    response: str
+    tokens: int  # of the response, without the token that ends it
+    truncated: bool
+    gates: dict[str, list[float]] | None = None  # expert -> [L], at the prompt's last token
+    gate_map: dict[str, Any] | None = None  # tokens [T], prompt_tokens, and expert -> [L][T]
+
+    @property
+    def values(self) -> Values:
+        """What is cached of it."""
+        values: Values = {"response": self.response, "tokens": self.tokens}
+        values |= {"truncated": self.truncated, "gates": self.gates, "gate_map": self.gate_map}
+        return values
+
+
+def resolve(what: str, *, template: str = "auto", dtype: str = "float32") -> ModelSpec:
+    """The model that a WHAT names.
+
+    That is a run directory (``RUN``, ``RUN:safety``, ``RUN:helpfulness``, ``RUN:base``), the folder
+    of a PEFT adapter, or a causal language model's folder or hub name. Runs keep their own template
+    and dtype.
 
     Raises:
-        UserError: nothing of the kind is there; it says what was looked for.
+        UserError: there is no such thing; the message names what was looked for.
     """
     path, colon, part = what.rpartition(":")
-    if colon and Path(path).is_dir() and part not in (*PARTS, "routed"):
+    has_part = bool(colon) and Path(path).is_dir()
+    if has_part and part not in (*PARTS, "routed"):
         raise UserError(f"{what}: a part of a run is routed, {', '.join(PARTS)}")
-    folder, part = (Path(path), part) if colon and Path(path).is_dir() else (Path(what), "routed")
+    folder = Path(path if has_part else what)
     if (folder / "run.yaml").is_file() or (folder / "router" / "router.json").is_file():
-        return _of_run(folder, part)
-    if folder != Path(what):
-        raise UserError(f"{what}: {folder} is no run directory, which alone has parts")
+        return _of_run(folder, part if has_part else "routed")
+    if has_part:
+        raise UserError(f"{what}: {folder} is not a run directory, and only runs have parts")
     if (folder / "adapter_config.json").is_file():
         return _adapter(folder, template, dtype)
     if "://" in what:
-        raise UserError(
-            f"{what}: a local folder is expected; copy a run to this machine by midpo fetch"
-        )
+        raise UserError(f"{what}: a local folder is expected; copy a run here by midpo fetch")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(
-            f"{what}: no run (run.yaml), adapter (adapter_config.json) or model (config.json) is in this folder"
+            f"{what}: the folder holds no run (run.yaml), adapter (adapter_config.json) or model "
+            "(config.json)"
         )
-    return _model(
-        Model.model_validate({"path": what, "dtype": dtype}), template, folder.resolve().name
-    )
+    model = Model.model_validate({"path": what, "dtype": dtype})
+    return _model(model, template, folder.resolve().name)
 
 
-def base_of(contender: Contender) -> Contender:
-    """The frozen base that a run's model or an adapter stands on."""
-    if contender.run is not None:
-        return _of_run(Path(contender.run), "base")
-    return _model(
-        Model.model_validate(contender.model),
-        contender.template,
-        Path(contender.model["path"]).name,
-        "base",
-    )
+def base_of(spec: ModelSpec) -> ModelSpec:
+    """The frozen base of a run's model or of an adapter."""
+    if spec.run is not None:
+        return _of_run(Path(spec.run), "base")
+    return _model(spec.model, spec.template, Path(spec.model.path).name, "base")
 
 
 def _model(
     model: Model, template: str, name: str, family: str = "model", run: str | None = None
-) -> Contender:
-    from ..models.base import model_fingerprint
-
+) -> ModelSpec:
     fingerprint = digest(model_fingerprint(model.path, model.revision), model.dtype, template)
-    return Contender(name, family, fingerprint, model.model_dump(mode="json"), template, run=run)
+    return ModelSpec(name, family, fingerprint, model, template, run=run)
 
 
-def _adapter(folder: Path, template: str, dtype: str) -> Contender:
-    try:
-        base = json.loads((folder / "adapter_config.json").read_text("utf-8"))[
-            "base_model_name_or_path"
-        ]
-    except (OSError, ValueError, KeyError):
-        raise UserError(
-            f"{folder}/adapter_config.json: not a PEFT adapter's configuration that names its base"
-        ) from None
-    model = Model.model_validate({"path": base, "dtype": dtype})
+def _adapter(folder: Path, template: str, dtype: str) -> ModelSpec:
+    path = _base_path(folder)
+    if path is None:
+        raise UserError(f"{folder}/adapter_config.json: base_model_name_or_path is missing")
+    model = Model.model_validate({"path": path, "dtype": dtype})
     return _with_adapter(model, folder, template, folder.resolve().name, "baseline")
+
+
+def _base_path(adapter: Path) -> str | None:
+    try:
+        settings = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+        return str(settings["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _with_adapter(
     model: Model, folder: Path, template: str, name: str, family: str, run: str | None = None
-) -> Contender:
-    from ..models.assembly import hash_adapter
-
+) -> ModelSpec:
     base = _model(model, template, name)
     fingerprint = digest(base.fingerprint, hash_adapter(folder))
-    return Contender(name, family, fingerprint, base.model, template, adapter=str(folder), run=run)
+    return ModelSpec(name, family, fingerprint, model, template, adapter=str(folder), run=run)
 
 
-def _of_run(folder: Path, part: str) -> Contender:
-    name = folder.resolve().name
+def _of_run(folder: Path, part: str) -> ModelSpec:
+    name, run = folder.resolve().name, str(folder)
     router = folder / "router" / "router.json"
-    experts = {p: folder / "experts" / p for p in PARTS[:2]}
+    experts = {part: folder / "experts" / part for part in EXPERTS}
     if router.is_file():
         settings = json.loads(router.read_text("utf-8"))
         model, template = Model.model_validate(settings["base"]), settings["data"]["template"]
     else:
         config = load_config(folder / "run.yaml")
         model, template = config.model, config.data.template
-        if (told := experts["safety"] / "adapter_config.json").is_file() and model.path.startswith(
-            "builtin:"
-        ):
-            model = model.model_copy(
-                update={"path": json.loads(told.read_text("utf-8"))["base_model_name_or_path"]}
-            )
-    if part == "routed":
-        if not router.is_file():
-            raise UserError(
-                f"{folder}: its router is not trained yet; {folder}:safety and {folder}:helpfulness may be"
-            )
-        files = [
-            router,
-            router.with_name("router.safetensors"),
-            *(f / "adapter_model.safetensors" for f in experts.values()),
-        ]
-        content = [
-            hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()
-        ]
-        print_ = digest(content, _model(model, template, name).fingerprint)
-        return Contender(
-            name,
-            "routed",
-            print_,
-            model.model_dump(mode="json"),
-            template,
-            routed=str(folder),
-            run=str(folder),
-        )
+        trained_on = _base_path(experts["safety"])
+        if model.path.startswith("builtin:") and trained_on is not None:
+            model = model.model_copy(update={"path": trained_on})
     if part == "base":
-        return _model(model, template, f"{name}: base", "base", str(folder))
-    return _with_adapter(
-        model, experts[part], template, f"{name}: {part} expert", "expert", str(folder)
-    )
+        return _model(model, template, f"{name}: base", "base", run)
+    if part in EXPERTS:
+        return _with_adapter(
+            model, experts[part], template, f"{name}: {part} expert", "expert", run
+        )
+    if not router.is_file():
+        raise UserError(
+            f"{folder}: it has no trained router yet; {folder}:safety and {folder}:helpfulness are "
+            "its experts"
+        )
+    files = [router, router.with_name("router.safetensors")]
+    files += [expert / "adapter_model.safetensors" for expert in experts.values()]
+    content = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()]
+    fingerprint = digest(content, _model(model, template, name).fingerprint)
+    return ModelSpec(name, "routed", fingerprint, model, template, routed=run, run=run)
 
 
-def folder_of(cache: Storage, contender: Contender, options: Options) -> Storage:
-    """Where a contender's answers are kept; the batch's size is no part of it."""
-    keys = {k: v for k, v in asdict(options).items() if k != "batch"}
-    return cache / f"answers-{digest(VERSION, contender.fingerprint, contender.template, keys)}"
+def answers_folder(cache: Storage, spec: ModelSpec, options: GenerationOptions) -> Storage:
+    """Where a model's answers are cached; the size of a batch does not matter."""
+    keys = {name: value for name, value in asdict(options).items() if name != "batch"}
+    return cache / f"answers-{digest(VERSION, spec.fingerprint, spec.template, keys)}"
 
 
-def rows_of(
+AnswerKey = tuple[str, str, int]  # set, id of the prompt, seed
+
+
+def answer_rows(
     prompts: Sequence[Prompt], seeds: Sequence[int], mapped: frozenset[tuple[str, str]]
-) -> dict[tuple[str, str, int], Row]:
-    """(set, id, seed) -> what a Generator takes, the shortest prompts first; ``mapped`` (set, id) get their gates' heat map."""
-    ordered = sorted(prompts, key=lambda p: sum(len(text) for _, text in p.turns))
-    rows = {}
+) -> dict[AnswerKey, CacheRow]:
+    """What a Generator takes, short prompts first; ``mapped`` (set, id) get a heat map of gates."""
+    by_length = sorted(prompts, key=lambda p: sum(len(text) for _, text in p.turns))
+    rows: dict[AnswerKey, CacheRow] = {}
     for seed in seeds:
-        for p in ordered:
-            work = {
-                "messages": p.turns,
-                "seed": seed,
-                "map": seed == seeds[0] and (p.set, p.id) in mapped,
-            }
+        for p in by_length:
+            with_map = seed == seeds[0] and (p.set, p.id) in mapped
+            work = {"messages": p.turns, "seed": seed, "map": with_map}
             rows[p.set, p.id, seed] = {"key": digest(work), **work}
     return rows
 
 
+def answers_table_rows(
+    prompts: Sequence[Prompt], seeds: Sequence[int], values: Mapping[AnswerKey, Values]
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """Rows of the answers table, and what a report shows of the gates (None without a router)."""
+    rows: list[dict[str, Any]] = []
+    routing: dict[str, Any] = {"rows": [], "examples": []}
+    for seed in seeds:
+        for p in prompts:
+            value = values[p.set, p.id, seed]
+            row = {"seed": seed, "set": p.set, "id": p.id, "prompt": p.text}
+            row |= {"harmful": p.harmful, "category": p.category}
+            row |= {name: value[name] for name in ("response", "tokens", "truncated")}
+            gates, gate_map = value.get("gates"), value.get("gate_map")
+            if gates:
+                row |= {f"gate_{e}": sum(layers) / len(layers) for e, layers in gates.items()}
+                if seed == seeds[0]:
+                    routing["rows"].append({"harmful": p.harmful, **gates})
+            if gate_map:
+                title = {"title": f"{p.set} {p.id}", "harmful": p.harmful}
+                routing["examples"].append({**title, **gate_map})
+            rows.append(row)
+    return rows, routing if routing["rows"] else None
+
+
 class Generator:
-    """Rows of messages and seed -> response, tokens, truncated; for a routed model the gates too, layer by layer."""
+    """Answers rows of messages and seed, in batches.
 
-    def __init__(self, contender: dict[str, Any], options: dict[str, Any]) -> None:
-        import torch
+    Args:
+        model: in place of the one that ``spec`` names, which is loaded otherwise.
+    """
 
-        from ..data.tokens import Tokenization
-        from ..models.base import load_tokenizer
-
-        self.contender, self.options = Contender(**contender), Options(**options)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = self._load(device)
-        model = Model.model_validate(self.contender.model)
-        self.tokenizer = load_tokenizer(model)
+    def __init__(self, spec: ModelSpec, options: GenerationOptions, model: Any = None) -> None:
+        self.spec, self.options = spec, options
+        self.model = _load(spec) if model is None else model
+        self.tokenizer = load_tokenizer(spec.model)
         self.context = int(getattr(self.model.config, "max_position_embeddings", 4096))
-        room = self.context - self.options.max_new_tokens
+        room = self.context - options.max_new_tokens
         if room < 8:
             raise UserError(
-                f"--max-new-tokens {self.options.max_new_tokens}: {model.path} has a context of {self.context} tokens"
+                f"--max-new-tokens {options.max_new_tokens}: {spec.model.path} has a context of "
+                f"{self.context} tokens"
             )
-        lengths = {
-            "max_length": self.context,
-            "max_prompt_length": room,
-            "long_prompts": "truncate",
-        }
-        data = Data.model_validate(
-            {"sets": [{"path": "none"}], "template": self.contender.template, **lengths}
-        )
-        self.tokens = Tokenization(self.tokenizer, data)
-        said = self.model.generation_config.eos_token_id
-        self.eos = sorted(
-            {self.tokens.eos, *(said if isinstance(said, list) else [] if said is None else [said])}
-        )
-        self.stop: list[str] = []  # texts that end an answer too, and stay in it
+        lengths = {"max_length": self.context, "max_prompt_length": room}
+        data = {"sets": [{"path": "none"}], "template": spec.template, "long_prompts": "truncate"}
+        self.tokens = Tokenization(self.tokenizer, Data.model_validate({**data, **lengths}))
+        self.eos = end_tokens(self.model, self.tokens)
 
-    def _load(self, device: str) -> Any:
-        from ..models.assembly import load_routed
-        from ..models.base import load_adapter, load_base
+    def __call__(self, rows: Sequence[CacheRow]) -> list[dict[str, Values]]:
+        return [{"answer": answer.values} for answer in self.answer(rows)]
 
-        if self.contender.routed is not None:
-            return load_routed(self.contender.routed, device=device)
-        model = Model.model_validate(self.contender.model)
-        base = load_base(model, device, serve=True)
-        return (
-            base
-            if self.contender.adapter is None
-            else load_adapter(base, self.contender.adapter).merge_and_unload()
-        )
+    def answer(self, rows: Sequence[CacheRow], sampler: Any = None) -> list[Answer]:
+        """One answer per row of one batch; ``sampler`` as in ``generate``."""
+        turns = [tuple((role, text) for role, text in row["messages"]) for row in rows]
+        prompts = [self.tokens.prompt_ids(messages) for messages in turns]
+        keys = [digest(row["messages"], row["seed"]) for row in rows]
+        responses = self.generate(prompts, keys, sampler=sampler)
+        routed = self.spec.routed is not None
+        gates = self.model.gates(turns) if routed else []
+        answers = []
+        for i, (row, ids) in enumerate(zip(rows, responses, strict=True)):
+            truncated = ids[-1] not in self.eos
+            tokens = len(ids) if truncated else len(ids) - 1
+            text = self.tokenizer.decode(ids[:tokens], skip_special_tokens=True).strip()
+            last = None
+            if routed:
+                last = {e: [round(v, 5) for v in gates[i][e][:, -1].tolist()] for e in EXPERTS}
+            gate_map = self._gate_map(turns[i], text) if routed and row["map"] else None
+            answers.append(Answer(prompts[i], ids, text, tokens, truncated, last, gate_map))
+        return answers
 
-    def __call__(self, rows: list[Row]) -> list[Row]:
-        prompts = [
-            self.tokens.prompt_ids(tuple((role, text) for role, text in row["messages"]))
-            for row in rows
-        ]
-        made = self._generate(prompts, [digest(row["messages"], row["seed"]) for row in rows])
-        values = []
-        for ids in made:
-            ended = next((i for i, token in enumerate(ids) if token in self.eos), None)
-            text = self.tokenizer.decode(ids[:ended], skip_special_tokens=True).strip()
-            values.append(
-                {
-                    "response": text,
-                    "tokens": len(ids) if ended is None else ended,
-                    "truncated": ended is None,
-                }
-            )
-        return self._with_gates(rows, values) if self.contender.routed is not None else values
+    def generate(
+        self,
+        prompts: list[list[int]],
+        keys: Sequence[str],
+        stop: Sequence[str] = (),
+        sampler: Any = None,
+    ) -> list[list[int]]:
+        """Ids that follow each prompt, up to and with the first token that ends an answer.
 
-    def _generate(self, prompts: list[list[int]], keys: list[str]) -> list[list[int]]:
-        """Ids behind each prompt: up to and with EOS where there is one."""
-        import torch
-        from transformers import LogitsProcessorList
-
+        Args:
+            keys: hex digits per prompt, which decide what is sampled.
+            stop: texts that end an answer too, and stay in it.
+            sampler: a logits processor that draws tokens, in place of ``Draw``.
+        """
         longest = max(map(len, prompts))
         pad = self.tokens.eos
         ids = torch.tensor(
@@ -277,7 +299,8 @@ class Generator:
         mask = torch.tensor(
             [[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.model.device
         )
-        draw = LogitsProcessorList([Draw(keys, self.options)] if self.options.temperature else [])
+        if sampler is None and self.options.temperature:
+            sampler = Draw(keys, self.options)
         with torch.inference_mode():
             out = self.model.generate(
                 input_ids=ids,
@@ -291,8 +314,8 @@ class Generator:
                 top_k=None,
                 eos_token_id=self.eos,
                 pad_token_id=pad,
-                logits_processor=draw,
-                stop_strings=self.stop or None,
+                logits_processor=LogitsProcessorList([sampler] if sampler else []),
+                stop_strings=list(stop) or None,
                 tokenizer=self.tokenizer,
             )
         answers = []
@@ -301,110 +324,69 @@ class Generator:
             answers.append(row[: end + 1])
         return answers
 
-    def _with_gates(self, rows: list[Row], values: list[Row]) -> list[Row]:
-        turns = [[tuple(m) for m in row["messages"]] for row in rows]
-        for value, gates in zip(values, self.model.gates(turns), strict=True):
-            value["gates"] = {e: [round(v, 5) for v in gates[e][:, -1].tolist()] for e in PARTS[:2]}
-        for row, turn, value in zip(rows, turns, values, strict=True):
-            if row["map"]:
-                gates = self.model.gates([turn], [value["response"]])[0]
-                ids = list(gates["tokens"])  # a token by itself may lack the space before it
-                said = [self.tokenizer.decode(ids[:end]) for end in range(len(ids) + 1)]
-                words = [after[len(before) :] for before, after in pairwise(said)]
-                layers = {
-                    e: [[round(v, 4) for v in layer] for layer in gates[e].tolist()]
-                    for e in PARTS[:2]
-                }
-                value["map"] = {"tokens": words, "prompt_tokens": gates["prompt_tokens"], **layers}
-        return values
+    def _gate_map(self, turns: tuple[tuple[str, str], ...], response: str) -> dict[str, Any]:
+        """The gates of every layer at every token of prompt and response."""
+        gates = self.model.gates([turns], [response])[0]
+        ids = list(gates["tokens"])  # decoded alone, a token may lack the space before it
+        texts = [self.tokenizer.decode(ids[:end]) for end in range(len(ids) + 1)]
+        words = [after[len(before) :] for before, after in pairwise(texts)]
+        layers = {e: [[round(v, 4) for v in layer] for layer in gates[e].tolist()] for e in EXPERTS}
+        return {"tokens": words, "prompt_tokens": gates["prompt_tokens"], **layers}
+
+
+def _load(spec: ModelSpec) -> Any:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if spec.routed is not None:
+        return load_routed(spec.routed, device=device)
+    base = load_base(spec.model, device, serve=True)
+    if spec.adapter is None:
+        return base
+    return load_adapter(base, spec.adapter).merge_and_unload()
+
+
+def end_tokens(model: Any, tokens: Tokenization) -> list[int]:
+    """Ids that end an answer: EOS of tokenizer and generation settings, and the end of a turn."""
+    ends = {tokens.eos}
+    given = model.generation_config.eos_token_id
+    if given is not None:
+        ends |= {int(i) for i in (given if isinstance(given, list) else [given])}
+    if tokens.chat:
+        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "XYZ"}]
+        text = tokens.tokenizer.apply_chat_template(turns, tokenize=False)
+        tail = text.rpartition("XYZ")[2].lstrip()
+        special = [t for t in tokens.tokenizer.all_special_tokens if t and tail.startswith(t)]
+        ends |= set(tokens.tokenizer.convert_tokens_to_ids(special))
+    return sorted(ends)
 
 
 class Draw:
-    """A logits processor that samples: all but the drawn token get -inf, so that greedy generation takes it."""
+    """A logits processor that samples: all but the drawn token get -inf, for greedy generation."""
 
-    def __init__(self, keys: Sequence[str], options: Options) -> None:
-        seeds = [int(key[:16], 16) for key in keys]
-        self.uniform = np.stack(
-            [np.random.default_rng(seed).random(options.max_new_tokens) for seed in seeds]
-        )
-        self.temperature, self.top_p, self.step = options.temperature, options.top_p, 0
+    def __init__(self, keys: Sequence[str], options: GenerationOptions) -> None:
+        draws = [np.random.default_rng(int(key[:16], 16)) for key in keys]
+        self._uniform = np.stack([rng.random(options.max_new_tokens) for rng in draws])
+        self._temperature, self._top_p, self._step = options.temperature, options.top_p, 0
 
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        """scores [R, V] -> the same with one finite entry a row: nucleus sampling by inverting the cumulative distribution."""
-        import torch
-
-        ordered, token = (scores.double() / self.temperature).softmax(-1).sort(-1, descending=True)
+    def __call__(self, input_ids: Any, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [R, V] with one finite entry per row, by inverting the nucleus' distribution."""
+        probabilities = (scores.double() / self._temperature).softmax(-1)
+        ordered, token = probabilities.sort(-1, descending=True)
+        before = ordered.cumsum(-1) - ordered
+        ordered = ordered.where(before < self._top_p, 0.0)  # the fewest that reach top_p
         total = ordered.cumsum(-1)
-        ordered = ordered.where(total - ordered < self.top_p, 0.0)  # the fewest that reach top_p
-        total = ordered.cumsum(-1)
-        drawn = (
-            torch.as_tensor(self.uniform[:, self.step : self.step + 1], device=scores.device)
-            * total[:, -1:]
-        )
+        uniform = self._uniform[:, self._step : self._step + 1]
+        drawn = torch.as_tensor(uniform, device=scores.device) * total[:, -1:]
         place = torch.searchsorted(total, drawn, right=True).clamp(max=scores.shape[-1] - 1)
-        self.step += 1
+        self._step += 1
         return torch.full_like(scores, -torch.inf).scatter(1, token.gather(1, place), 0.0)
 
 
-def uses_vllm(contender: Contender) -> bool:
-    """Whether vLLM answers for it: where it can be imported, for a model that is not routed."""
-    return contender.routed is None and importlib.util.find_spec("vllm") is not None
+class Multinomial:
+    """A logits processor that samples at temperature 1 from one random stream for the batch."""
 
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._generator = torch.Generator(device).manual_seed(seed)
 
-class VllmGenerator:
-    """As Generator, by vLLM. Not tested here: no machine that had vLLM has run it."""
-
-    def __init__(self, contender: dict[str, Any], options: dict[str, Any]) -> None:
-        from vllm import LLM  # type: ignore[import-not-found]
-
-        from ..data.tokens import Tokenization
-        from ..models.base import load_tokenizer
-
-        self.contender, self.options = Contender(**contender), Options(**options)
-        model = Model.model_validate(self.contender.model)
-        self.llm = LLM(
-            model.path,
-            dtype=model.dtype,
-            enable_lora=self.contender.adapter is not None,
-            max_lora_rank=64,
-        )
-        long = {"max_length": 1 << 20, "max_prompt_length": 1 << 19}
-        self.tokens = Tokenization(
-            load_tokenizer(model),
-            Data.model_validate(
-                {"sets": [{"path": "none"}], "template": self.contender.template, **long}
-            ),
-        )
-
-    def __call__(self, rows: list[Row]) -> list[Row]:
-        from vllm import SamplingParams  # type: ignore[import-not-found]
-        from vllm.lora.request import LoRARequest  # type: ignore[import-not-found]
-
-        prompts = [
-            {
-                "prompt_token_ids": self.tokens.prompt_ids(
-                    tuple((role, text) for role, text in row["messages"])
-                )
-            }
-            for row in rows
-        ]
-        o = self.options
-        seeds = [int(digest(row["messages"], row["seed"])[:8], 16) for row in rows]
-        how = [
-            SamplingParams(
-                temperature=o.temperature, top_p=o.top_p, max_tokens=o.max_new_tokens, seed=seed
-            )
-            for seed in seeds
-        ]
-        lora = LoRARequest("adapter", 1, self.contender.adapter) if self.contender.adapter else None
-        made = [
-            r.outputs[0] for r in self.llm.generate(prompts, how, use_tqdm=False, lora_request=lora)
-        ]
-        return [
-            {
-                "response": m.text.strip(),
-                "tokens": len(m.token_ids),
-                "truncated": m.finish_reason == "length",
-            }
-            for m in made
-        ]
+    def __call__(self, input_ids: Any, scores: torch.Tensor) -> torch.Tensor:
+        token = torch.multinomial(scores.softmax(-1), 1, generator=self._generator)
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)

@@ -33,7 +33,7 @@ COLUMNS = {
     "model": pa.string(), "family": pa.string(), "seed": pa.int64(), "set": pa.string(), "id": pa.string(), "prompt": pa.string(),
     "harmful": pa.bool_(), "category": pa.string(), "response": pa.string(), "tokens": pa.int64(), "truncated": pa.bool_(),
     "refused": pa.bool_(), "reward": pa.float64(), "cost": pa.float64(), "safe": pa.bool_(), "joint": pa.bool_(),
-    "malformed": pa.bool_(), "gate_safety": pa.float64(), "gate_helpfulness": pa.float64(),
+    "malformed": pa.bool_(), "degenerate": pa.bool_(), "gate_safety": pa.float64(), "gate_helpfulness": pa.float64(),
 }  # fmt: skip
 SHOWN = (
     "refused",
@@ -42,6 +42,7 @@ SHOWN = (
     "safe",
     "joint",
     "malformed",
+    "degenerate",
     "truncated",
     "tokens",
     "gate_safety",

@@ -1,149 +1,152 @@
-"""What a model says to the lm-evaluation-harness' requests: log-likelihoods of continuations, and continuations.
+"""A model's responses to the lm-evaluation-harness: log-likelihoods of continuations, and texts.
 
-A request's context is its prompt: with scope ``last`` a routed model decides its gates at the context's last token and keeps them
-for the continuation. Texts become tokens as in the harness' own Hugging Face model, without a chat template.
-N continuation tokens of a pass, S continuations, D hidden.
+A request's context is its prompt: with scope ``last`` a routed model decides its gates at the
+context's last token and keeps them for the continuation. Texts become tokens as in the harness' own
+Hugging Face model, without a chat template. Continuations of one context share its forward pass,
+which the harness' own model cannot do. N continuation tokens of a pass, S continuations, D hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
-from ..errors import UserError
-from .cached import Row
-from .generate import Generator
+import torch
 
-PASS_TOKENS, ROW_TOKENS = (
-    8192,
-    1024,
-)  # of one forward pass, and of a context with those continuations that share its row (ours)
-LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens")  # the harness' names of one setting
+from ..data.batching import Document, TokenBatch, collate, split_batch
+from ..errors import UserError
+from ..models.logprobs import CHUNK, ResponseLogProbs
+from ..pipeline.cached_map import CacheRow, Values
+from .generate import GenerationOptions, Generator, ModelSpec
+
+PASS_TOKENS = 8192  # of one forward pass (ours)
+ROW_TOKENS = 1024  # of a context with the continuations that share its row (ours)
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens")  # the harness' names of one setting
+LogLikelihood = tuple[float, bool]  # nats, and whether the continuation is the greedy one
 Pair = tuple[list[int], list[int]]  # ids of a context and of its continuation
 
 
 class Responder:
-    """Rows of one ``kind`` of request with its ``args`` -> for each what the harness expects of that kind.
+    """Rows of one ``kind`` of request with its ``args`` as JSON -> the response as JSON.
 
     Raises:
-        UserError: a request that the model's context does not hold, or generation that is not greedy.
+        UserError: a request that the model's context does not hold, or generation by sampling.
     """
 
-    def __init__(self, contender: dict[str, Any], options: dict[str, Any]) -> None:
-        from ..models.logprobs import ResponseLogProbs
+    def __init__(self, spec: ModelSpec, options: GenerationOptions) -> None:
+        greedy = replace(options, max_new_tokens=1, temperature=0.0)
+        self._generator = Generator(spec, greedy)
+        self._tokenizer, self._context = self._generator.tokenizer, self._generator.context
+        self._routed = spec.routed is not None
+        model = self._generator.model
+        self._causal = model.model if self._routed else model
+        self._logprobs = ResponseLogProbs(self._causal)
+        bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        self._prefix: int = eos if bos is None else bos  # the context where a request has none
 
-        self.generator = Generator(contender, {**options, "max_new_tokens": 1, "temperature": 0.0})
-        self.model, self.tokenizer, self.context = (
-            self.generator.model,
-            self.generator.tokenizer,
-            self.generator.context,
-        )
-        self.routed = contender["routed"] is not None
-        self.causal = self.model.model if self.routed else self.model
-        self.decoder = ResponseLogProbs(self.causal)
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        self.prefix: int = (
-            eos if bos is None else bos
-        )  # the context of a continuation that has none
-
-    def __call__(self, rows: list[Row]) -> list[Any]:
-        kinds = {
-            f.__name__: f
-            for f in (self.loglikelihood, self.loglikelihood_rolling, self.generate_until)
+    def __call__(self, rows: Sequence[CacheRow]) -> list[dict[str, Values]]:
+        kinds: dict[str, Callable[[Sequence[Any]], Sequence[Any]]] = {
+            "loglikelihood": self.loglikelihood,
+            "loglikelihood_rolling": self.loglikelihood_rolling,
+            "generate_until": self.generate_until,
         }
-        return kinds[rows[0]["kind"]]([row["args"] for row in rows])
+        responses = kinds[rows[0]["kind"]]([json.loads(row["args"]) for row in rows])
+        return [{"response": {"response": json.dumps(response)}} for response in responses]
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
-        """(context, continuation) -> [log-likelihood in nats, is it the greedy continuation]."""
+    def loglikelihood(self, requests: Sequence[Any]) -> list[LogLikelihood]:
+        """Of each (context, continuation)."""
         return self._score([self._pair(*request) for request in requests])
 
-    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[Any]:
-        """(text,) -> its log-likelihood, in windows of the model's context; the context of each is the token before it."""
-        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+        """Of each (text,), in windows of the model's context; each begins one token earlier."""
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # an extra
 
-        size = {"prefix_token": self.prefix, "max_seq_len": self.context - 1, "context_len": 1}
-        texts = [
-            list(map(make_disjoint_window, get_rolling_token_windows(self._encode(text), **size)))
-            for (text,) in requests
-        ]
-        scored = iter(self._score(list(chain.from_iterable(texts))))
-        return [sum(next(scored)[0] for _ in windows) for windows in texts]
-
-    def generate_until(self, requests: Sequence[Any]) -> list[Any]:
-        """(context, generation_kwargs) -> the greedy continuation, up to the first of the texts ``until``."""
-        groups: dict[str, list[int]] = {}
-        for i, (_, given) in enumerate(requests):
-            groups.setdefault(repr(given), []).append(i)
-        texts = [""] * len(requests)
-        for members in groups.values():
-            longest, stop = self._settings(requests[members[0]][1])
-            self.generator.options, self.generator.stop = (
-                replace(self.generator.options, max_new_tokens=longest),
-                stop,
+        pairs: list[Pair] = []
+        owners: list[int] = []
+        for i, (text,) in enumerate(requests):
+            windows = get_rolling_token_windows(
+                self._encode(text),
+                prefix_token=self._prefix,
+                max_seq_len=self._context - 1,
+                context_len=1,
             )
-            prompts = {
-                i: self._encode(requests[i][0])[longest - self.context :] or [self.prefix]
-                for i in members
-            }
-            members.sort(key=lambda i: len(prompts[i]))
-            for start in range(0, len(members), self.generator.options.batch):
-                part = members[start : start + self.generator.options.batch]
-                for i, ids in zip(
-                    part,
-                    self.generator._generate([prompts[i] for i in part], [""] * len(part)),
-                    strict=True,
-                ):
-                    text = self.tokenizer.decode(ids, skip_special_tokens=True)
-                    texts[i] = min((text.partition(s)[0] for s in stop), key=len, default=text)
+            for window in windows:
+                pairs.append(make_disjoint_window(window))
+                owners.append(i)
+        totals = [0.0] * len(requests)
+        for owner, (nats, _) in zip(owners, self._score(pairs), strict=True):
+            totals[owner] += nats
+        return totals
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """The greedy continuation of each (context, generation_kwargs), up to its stop text."""
+        groups: dict[str, list[int]] = {}
+        for i, (_, settings) in enumerate(requests):
+            groups.setdefault(json.dumps(settings), []).append(i)
+        texts = [""] * len(requests)
+        batch = self._generator.options.batch
+        for settings, members in groups.items():
+            longest, stop = self._settings(json.loads(settings))
+            self._generator.options = replace(self._generator.options, max_new_tokens=longest)
+            room = self._context - longest
+            contexts = [self._encode(requests[i][0])[-room:] or [self._prefix] for i in members]
+            order = sorted(range(len(members)), key=lambda n: len(contexts[n]))
+            for start in range(0, len(order), batch):
+                part = order[start : start + batch]
+                ids = self._generator.generate([contexts[n] for n in part], [], stop)
+                for n, response in zip(part, ids, strict=True):
+                    text = self._tokenizer.decode(response, skip_special_tokens=True)
+                    ends = [text.partition(s)[0] for s in stop]
+                    texts[members[n]] = min(ends, key=len, default=text)
         return texts
 
     def _settings(self, given: dict[str, Any]) -> tuple[int, list[str]]:
-        """New tokens at most, and the texts that end them, of a task's ``generation_kwargs``."""
-        if (
-            given.get("do_sample", given.get("temperature", 0) > 0)
-            or given.get("num_beams", 1) != 1
-        ):
+        """The most new tokens, and the texts that end them, of a task's ``generation_kwargs``."""
+        sampled = given.get("do_sample", given.get("temperature", 0) > 0)
+        if sampled or given.get("num_beams", 1) != 1:
             raise UserError(
-                f"generation_kwargs {given}: only greedy generation is done here (do_sample: false)"
+                f"generation_kwargs {given}: only greedy generation is supported (do_sample: false)"
             )
-        longest = int(next((given[name] for name in LENGTHS if name in given), 256))
-        if longest >= self.context:
+        longest = int(next((given[name] for name in _LENGTHS if name in given), 256))
+        if longest >= self._context:
             raise UserError(
-                f"generation_kwargs: {longest} new tokens, where the model has a context of {self.context}"
+                f"generation_kwargs: {longest} new tokens, but the model has a context of "
+                f"{self._context}"
             )
         until = given.get("until") or []
-        return longest, [text for text in ([until] if isinstance(until, str) else until) if text]
+        texts = [until] if isinstance(until, str) else until
+        return longest, [text for text in texts if text]
 
-    def _encode(self, text: str, **more: Any) -> list[int]:
-        if self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token):
-            more["add_special_tokens"] = False
-        return self.tokenizer.encode(text, verbose=False, **more)
+    def _encode(self, text: str, **options: Any) -> list[int]:
+        bos = self._tokenizer.bos_token
+        if bos and text.startswith(bos):
+            options["add_special_tokens"] = False
+        return self._tokenizer.encode(text, verbose=False, **options)
 
     def _pair(self, context: str, continuation: str) -> Pair:
-        """White space at the context's end goes to the continuation, and both are tokenised together, as the harness does."""
+        """Both texts' tokens, cut as by the harness: white space between belongs to the second."""
         head = context.rstrip()
         tail = context[len(head) :] + continuation
         if head:
             ids = self._encode(head)
             return ids, self._encode(head + tail)[len(ids) :]
         ids = self._encode(tail, add_special_tokens=False)
-        return ([self.prefix], ids) if ids[:1] != [self.prefix] else (ids[:1], ids[1:])
+        return ([self._prefix], ids) if ids[:1] != [self._prefix] else (ids[:1], ids[1:])
 
-    def _score(self, pairs: Sequence[Pair]) -> list[Any]:
-        """[nats, greedy] of each pair. Continuations of one context branch off it; one that is too long loses its beginning."""
-        from ..data.batching import Document, collate, split_batch
-
+    def _score(self, pairs: Sequence[Pair]) -> list[LogLikelihood]:
+        """The score of each pair; a context that is too long loses its beginning."""
         documents: list[Document] = []
-        members: list[list[int]] = []
+        members: list[list[int]] = []  # of each document, the numbers of its pairs
         lengths: list[int] = []
         for i, (context, continuation) in enumerate(pairs):
-            room, size = self.context - len(continuation), len(continuation)
+            size = len(continuation)
+            room = self._context - size
             if not size or room < 1:
                 raise UserError(
-                    f"a continuation of {size} tokens: 1 to {self.context - 1} fit the model"
+                    f"a continuation of {size} tokens: 1 to {self._context - 1} fit the model"
                 )
             context = context[-room:]
             if not documents or documents[-1].prefix != context or lengths[-1] + size > ROW_TOKENS:
@@ -153,28 +156,24 @@ class Responder:
             documents[-1].suffixes.append(continuation)
             members[-1].append(i)
             lengths[-1] += size
-        values: list[Any] = [None] * len(pairs)
+        scores: dict[int, LogLikelihood] = {}
         for part in split_batch(range(len(documents)), lengths, 1, PASS_TOKENS)[0]:
-            scored = self._forward(collate([documents[d] for d in part]).to(self.model.device))
-            for i, value in zip(chain.from_iterable(members[d] for d in part), scored, strict=True):
-                values[i] = value
-        return values
+            batch = collate([documents[d] for d in part])
+            numbers = [i for d in part for i in members[d]]
+            scores |= zip(numbers, self._forward(batch), strict=True)
+        return [scores[i] for i in range(len(pairs))]
 
-    def _forward(self, batch: Any) -> list[Any]:
-        import torch
-
-        from ..models.logprobs import CHUNK
-
-        head = self.causal.get_output_embeddings()
-        with torch.no_grad(), self.model.anchored(batch) if self.routed else nullcontext():
-            hidden = self.decoder.hidden(batch).index_select(0, batch.predict_index)  # [N, D]
+    @torch.no_grad()
+    def _forward(self, batch: TokenBatch) -> list[LogLikelihood]:
+        model = self._generator.model
+        batch = batch.to(model.device)
+        head = self._causal.get_output_embeddings()
+        with model.anchored(batch) if self._routed else nullcontext():
+            hidden = self._logprobs.hidden(batch).index_select(0, batch.predict_index)  # [N, D]
             nats = head(hidden, batch.labels)
-            best = torch.cat(
-                [head(h).argmax(-1) for h in hidden.split(max(1, CHUNK // head.out_features))]
-            )
-        none = torch.zeros(batch.responses, dtype=torch.float64, device=nats.device)  # [S]
-        total = none.index_add(0, batch.owner, nats.double())
-        missed = none.index_add(0, batch.owner, (best != batch.labels).double())
-        return [
-            [value, not wrong] for value, wrong in zip(total.tolist(), missed.tolist(), strict=True)
-        ]
+            parts = hidden.split(max(1, CHUNK // head.out_features))
+            best = torch.cat([head(part).argmax(-1) for part in parts])
+        zeros = torch.zeros(batch.responses, dtype=torch.float64, device=nats.device)  # [S]
+        total = zeros.index_add(0, batch.owner, nats.double())
+        missed = zeros.index_add(0, batch.owner, (best != batch.labels).double())
+        return list(zip(total.tolist(), (missed == 0).tolist(), strict=True))

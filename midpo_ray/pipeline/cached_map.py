@@ -40,7 +40,8 @@ class MapJob:
 
     ``make(**options)`` loads what is needed, once per worker, and returns a function of a unit of
     rows: for each row its values by signal. Each row has the key ``need``, the signals that the
-    cache lacks; only these are read from the result.
+    cache lacks; only these are read from the result. A signal that is left out is not cached and is
+    computed again by the next call.
     """
 
     name: str  # in progress messages
@@ -58,6 +59,9 @@ class Pool:
     workers: int | None = None  # None: one per GPU, or per CPU up to 8; 0: this process, no Ray
     cpus: float = 1.0  # per worker
     gpus: float | None = None  # per worker; None: 1 where the cluster has GPUs, else 0
+
+
+IN_PROCESS = Pool(workers=0)
 
 
 def read_cache(folder: Storage) -> dict[str, Values]:
@@ -231,7 +235,8 @@ class _Worker:
         for unit in units.values():
             for row, values in zip(unit, self._compute(unit), strict=True):
                 for signal in row["need"]:
-                    shards[signal].append({"key": row["key"], **values[signal]})
+                    if signal in values:
+                        shards[signal].append({"key": row["key"], **values[signal]})
         for signal, shard in shards.items():
             if shard:
                 name = f"part-{digest([row['key'] for row in shard])}.parquet"

@@ -186,7 +186,7 @@ class _Job:
         started = time.monotonic()
         self.say("evaluation: generating and judging")
         built = build_miniature(self.config, self.cache, self.say)
-        table = evaluate(self.config, self.run, built.base, built.prompts)
+        table = evaluate(self.config, self.run, built.prompts)
         (self.run / "evaluation").write("table.json", json.dumps(table, indent=1).encode())
         self._commit("evaluation", time.monotonic() - started)
 

@@ -259,8 +259,8 @@ def save(
     run.upload(folder, FOLDERS[stage])
 
 
-def evaluate(config: Config, run: Storage, base: Path, prompts: Path) -> dict[str, Any]:
-    """The miniature's table (``miniature.evaluate.evaluate_run``), made by a Ray task on one core."""
+def evaluate(config: Config, run: Storage, prompts: Path) -> dict[str, Any]:
+    """The miniature's table (``evaluation.miniature``), computed by a Ray task on one core."""
     import ray
 
     local = run.local
@@ -268,15 +268,13 @@ def evaluate(config: Config, run: Storage, base: Path, prompts: Path) -> dict[st
         raise UserError(f"{run.uri}: the miniature's table needs a local or shared run directory")
     assert config.evaluate is not None
     options = config.evaluate.model_dump()
-    return ray.get(
-        ray.remote(num_cpus=1)(_evaluate).remote(str(local), str(base), str(prompts), options)
-    )
+    return ray.get(ray.remote(num_cpus=1)(_evaluate).remote(str(local), str(prompts), options))
 
 
-def _evaluate(run: str, base: str, prompts: str, options: dict[str, Any]) -> dict[str, Any]:
+def _evaluate(run: str, prompts: str, options: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    from ..miniature.evaluate import evaluate_run
+    from ..evaluation.miniature import evaluate_run  # a layer above this one
 
     torch.set_num_threads(1)
-    return evaluate_run(run, base, prompts, **options)
+    return evaluate_run(run, prompts, **options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,15 @@ from torch import Tensor
 
 from ..config import EXPERTS, Config
 from ..data.batching import Document, TokenBatch, collate, split_batch
-from ..evaluation import generate
-from ..evaluation.judges import load_judge, rows_for
+from ..evaluation.generate import (
+    Answer,
+    GenerationOptions,
+    Generator,
+    ModelSpec,
+    answer_rows,
+    answers_table_rows,
+)
+from ..evaluation.judges import judge_answers, load_judge
 from ..evaluation.prompts import Prompt
 from ..evaluation.report import answers_table
 from ..models.assembly import load_routed, route
@@ -63,90 +70,42 @@ def _routed(routed: Any, gates: AbstractContextManager[Any]) -> Served:
     return Served(routed, logprobs, lambda: routed.force_gates(0.0, 0.0), gates)
 
 
-class Speaker(generate.Generator):
-    """Answers of a model that is here already; the tokens of what was said are kept."""
-
-    def __init__(
-        self, served: Served, config: Config, routed: str | None, options: generate.Options
-    ) -> None:
-        self.served = served
-        self.said: list[Document] = []
-        model = config.model.model_dump(mode="json")
-        super().__init__(
-            asdict(generate.Contender("", "", "", model, config.data.template, routed=routed)),
-            asdict(options),
-        )
-
-    def _load(self, device: str) -> Any:
-        return self.served.model
-
-    def _generate(self, prompts: list[list[int]], keys: list[str]) -> list[list[int]]:
-        made = super()._generate(prompts, keys)
-        self.said += [Document(p, [ids]) for p, ids in zip(prompts, made, strict=True)]
-        return made
-
-
 def answers(
     config: Config,
     contender: Mapping[str, Any],
     trained: Mapping[str, Path],
     prompts: Sequence[Prompt],
-    options: generate.Options,
+    options: GenerationOptions,
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """One row a prompt of the answers table, not judged yet, and what the report shows of a router; plain values.
+    """Rows of the answers table without verdicts, and what the report shows of a router.
 
-    ``log_ratio`` is log pi(y|x) - log pi_ref(y|x) of the answer, nats: its mean is the KL from the base where answers are sampled
-    at temperature 1. What is drawn hangs on prompt and seed alone, so contenders share their luck.
+    ``log_ratio`` is log pi(y|x) - log pi_ref(y|x) of the answer, nats: its mean is the KL from the
+    base where answers are sampled at temperature 1. Sampling uses common random numbers, keyed by
+    prompt and seed, so that comparisons between contenders are paired.
     """
     served, seed = serve(config, contender, trained), config.seed_of_training
     routed = str(trained["router"]) if contender["serve"] == "routed" else None
     mapped = frozenset((p.set, p.id) for p in _examples(prompts) if routed)
+    spec = ModelSpec("", "", "", config.model, config.data.template, routed=routed)
     with served.as_served:
-        speaker = Speaker(served, config, routed, options)
-        wanted = generate.rows_of(prompts, [seed], mapped)
-        work, values = list(wanted.values()), list[dict[str, Any]]()
-        for start in range(0, len(work), options.batch):
-            values += speaker(work[start : start + options.batch])
-        ratios = log_ratios(served, speaker.said)
-    made = {key: (value, ratio) for key, value, ratio in zip(wanted, values, ratios, strict=True)}
-    rows, routing = list[dict[str, Any]](), {"rows": list[Any](), "examples": list[Any]()}
-    for p in prompts:
-        value, ratio = made[p.set, p.id, seed]
-        gates = value.get("gates") or {}
-        row: dict[str, Any] = {
-            "seed": seed,
-            "set": p.set,
-            "id": p.id,
-            "prompt": p.text,
-            "harmful": p.harmful,
-            "category": p.category,
-        }
-        row |= {k: value[k] for k in ("response", "tokens", "truncated")} | {"log_ratio": ratio}
-        rows.append(
-            row | {f"gate_{expert}": sum(layers) / len(layers) for expert, layers in gates.items()}
-        )
-        if gates:
-            routing["rows"].append({"harmful": p.harmful, **gates})
-        if "map" in value:
-            routing["examples"].append(
-                {"title": f"{p.category} {p.id}", "harmful": p.harmful, **value["map"]}
-            )
-    return rows, routing if routed else None
+        generator = Generator(spec, options, served.model)
+        work = answer_rows(prompts, [seed], mapped)
+        keys, rows = list(work), list(work.values())
+        made: list[Answer] = []
+        for start in range(0, len(rows), options.batch):
+            made += generator.answer(rows[start : start + options.batch])
+        ratios = log_ratios(served, [Document(a.prompt_ids, [a.response_ids]) for a in made])
+    values = {key: answer.values for key, answer in zip(keys, made, strict=True)}
+    ratio_of = dict(zip(keys, ratios, strict=True))
+    table, routing = answers_table_rows(prompts, [seed], values)
+    return [{**row, "log_ratio": ratio_of[row["set"], row["id"], seed]} for row in table], routing
 
 
 def judged(
     rows: Sequence[dict[str, Any]], prompts: Sequence[Prompt], judges: Sequence[str]
 ) -> pa.Table:
     """The answers table: ``rows`` of ``answers`` with the judges' columns."""
-    turns = {(p.set, p.id): p.turns for p in prompts}
-    for spec in judges:
-        job = load_judge(spec).job
-        verdicts = job.make(**job.options)(rows_for(rows, turns))
-        for row, verdict in zip(rows, verdicts, strict=True):
-            row.update(verdict)
-    for row in rows:
-        if row.get("cost") is not None:
-            row.setdefault("safe", row["cost"] < 0)
+    judge_answers(rows, prompts, [load_judge(spec) for spec in judges], cache=None)
     return answers_table(rows)
 
 

@@ -18,7 +18,7 @@ from ..storage import Storage
 from .spec import STAGES
 
 if TYPE_CHECKING:
-    from ..evaluation.generate import Options
+    from ..evaluation.generate import GenerationOptions
     from ..evaluation.prompts import Prompt
 
 RECORD = "record.json"
@@ -160,13 +160,13 @@ def train(spec: dict[str, Any], config: Config, study: Storage) -> None:
 
 def answer(spec: dict[str, Any], config: Config, study: Storage) -> None:
     """answers.parquet of one contender; what it says, and a router's gates, are kept for other judges."""
-    from ..evaluation.generate import Options
+    from ..evaluation.generate import GenerationOptions
     from .answer import judged
 
     settings = dict(spec["answers"])
     prompts = prompts_of(spec["sets"], spec["split"], settings.pop("prompts"), config.seed)
     if not study.exists(spec["said"]):
-        rows, routing = generated(spec, config, study, prompts, Options(**settings))
+        rows, routing = generated(spec, config, study, prompts, GenerationOptions(**settings))
         study.write(spec["said"], json.dumps({"rows": rows, "routing": routing}).encode())
     said = json.loads(study.read(spec["said"]))
     write_table(
@@ -179,7 +179,7 @@ def generated(
     config: Config,
     study: Storage,
     prompts: Sequence[Prompt],
-    options: Options,
+    options: GenerationOptions,
 ) -> Any:
     from .answer import answers
 
