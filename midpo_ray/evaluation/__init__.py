@@ -1,1 +1,1 @@
-"""Is it safer and more helpful? Prompt sets, generation, judges, figures with intervals, and a report."""
+"""Evaluation of models: prompts, generation, judges, metrics with intervals, and a report."""
