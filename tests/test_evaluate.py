@@ -8,13 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from routing_world import make_run, routed_of
 
 from midpo_ray.cli import main
 from midpo_ray.errors import UserError
 from midpo_ray.evaluation import evaluate as job
-from midpo_ray.evaluation.generate import Draw, GenerationOptions, Generator, base_of, resolve
+from midpo_ray.evaluation.generate import GenerationOptions, Generator, base_of, resolve
 from midpo_ray.models import save_router
 
 PROMPTS = [
@@ -188,22 +187,6 @@ def test_parts_answer_as_forced_gates(tmp_path, run):
     assert [np.mean(a.gates["safety"]) for a in free] == pytest.approx(
         [g["safety"] for g in gates], abs=1e-4
     )
-
-
-def test_draw_follows_the_distribution():
-    """Drawn tokens have the softmax's frequencies; top_p keeps the fewest tokens that reach it."""
-    logits = torch.tensor([0.0, 1.0, 2.0, -1.0]).expand(4000, 4)
-    keys = [f"{i * 2654435761 % 2**64:016x}" for i in range(4000)]
-    drawn = Draw(keys, GenerationOptions(temperature=1.0, max_new_tokens=3))(None, logits).argmax(
-        -1
-    )
-    assert torch.bincount(drawn, minlength=4).div(4000).tolist() == pytest.approx(
-        logits[0].softmax(-1).tolist(), abs=0.03
-    )
-    cut = Draw(keys, GenerationOptions(temperature=1.0, top_p=0.8, max_new_tokens=3))(
-        None, logits
-    ).argmax(-1)
-    assert set(cut.tolist()) == {1, 2}
 
 
 def test_what(tmp_path, run, tiny_model_dir):

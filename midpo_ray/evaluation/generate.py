@@ -15,15 +15,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from transformers import LogitsProcessorList
 
 from ..config import EXPERTS, Data, Model, digest, load_config
 from ..data.tokens import Tokenization
 from ..errors import UserError
 from ..models.assembly import hash_adapter, load_routed
 from ..models.base import load_adapter, load_base, load_tokenizer, model_fingerprint
+from ..models.generation import Draw, end_tokens, generate_ids
 from ..pipeline.cached_map import CacheRow, Values
 from ..storage import Storage
 from .prompts import Prompt
@@ -258,11 +257,17 @@ class Generator:
         return [{"answer": answer.values} for answer in self.answer(rows)]
 
     def answer(self, rows: Sequence[CacheRow], sampler: Any = None) -> list[Answer]:
-        """One answer per row of one batch; ``sampler`` as in ``generate``."""
+        """One answer per row of one batch; ``sampler`` in place of ``Draw``."""
         turns = [tuple((role, text) for role, text in row["messages"]) for row in rows]
         prompts = [self.tokens.prompt_ids(messages) for messages in turns]
-        keys = [digest(row["messages"], row["seed"]) for row in rows]
-        responses = self.generate(prompts, keys, sampler=sampler)
+        o = self.options
+        if sampler is None and o.temperature:
+            keys = [digest(row["messages"], row["seed"]) for row in rows]
+            sampler = Draw(keys, o.max_new_tokens, o.temperature, o.top_p)
+        longest = o.max_new_tokens
+        responses = generate_ids(
+            self.model, prompts, self.eos, sampler=sampler, max_new_tokens=longest
+        )
         routed = self.spec.routed is not None
         gates = self.model.gates(turns) if routed else []
         answers = []
@@ -275,53 +280,6 @@ class Generator:
                 last = {e: [round(v, 5) for v in gates[i][e][:, -1].tolist()] for e in EXPERTS}
             gate_map = self._gate_map(turns[i], text) if routed and row["map"] else None
             answers.append(Answer(prompts[i], ids, text, tokens, truncated, last, gate_map))
-        return answers
-
-    def generate(
-        self,
-        prompts: list[list[int]],
-        keys: Sequence[str],
-        stop: Sequence[str] = (),
-        sampler: Any = None,
-    ) -> list[list[int]]:
-        """Ids that follow each prompt, up to and with the first token that ends an answer.
-
-        Args:
-            keys: hex digits per prompt, which decide what is sampled.
-            stop: texts that end an answer too, and stay in it.
-            sampler: a logits processor that draws tokens, in place of ``Draw``.
-        """
-        longest = max(map(len, prompts))
-        pad = self.tokens.eos
-        ids = torch.tensor(
-            [[pad] * (longest - len(p)) + p for p in prompts], device=self.model.device
-        )
-        mask = torch.tensor(
-            [[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.model.device
-        )
-        if sampler is None and self.options.temperature:
-            sampler = Draw(keys, self.options)
-        with torch.inference_mode():
-            out = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=self.options.max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                repetition_penalty=1.0,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                eos_token_id=self.eos,
-                pad_token_id=pad,
-                logits_processor=LogitsProcessorList([sampler] if sampler else []),
-                stop_strings=list(stop) or None,
-                tokenizer=self.tokenizer,
-            )
-        answers = []
-        for row in out[:, longest:].tolist():
-            end = next((i for i, token in enumerate(row) if token in self.eos), len(row) - 1)
-            answers.append(row[: end + 1])
         return answers
 
     def _gate_map(self, turns: tuple[tuple[str, str], ...], response: str) -> dict[str, Any]:
@@ -342,51 +300,3 @@ def _load(spec: ModelSpec) -> Any:
     if spec.adapter is None:
         return base
     return load_adapter(base, spec.adapter).merge_and_unload()
-
-
-def end_tokens(model: Any, tokens: Tokenization) -> list[int]:
-    """Ids that end an answer: EOS of tokenizer and generation settings, and the end of a turn."""
-    ends = {tokens.eos}
-    given = model.generation_config.eos_token_id
-    if given is not None:
-        ends |= {int(i) for i in (given if isinstance(given, list) else [given])}
-    if tokens.chat:
-        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "XYZ"}]
-        text = tokens.tokenizer.apply_chat_template(turns, tokenize=False)
-        tail = text.rpartition("XYZ")[2].lstrip()
-        special = [t for t in tokens.tokenizer.all_special_tokens if t and tail.startswith(t)]
-        ends |= set(tokens.tokenizer.convert_tokens_to_ids(special))
-    return sorted(ends)
-
-
-class Draw:
-    """A logits processor that samples: all but the drawn token get -inf, for greedy generation."""
-
-    def __init__(self, keys: Sequence[str], options: GenerationOptions) -> None:
-        draws = [np.random.default_rng(int(key[:16], 16)) for key in keys]
-        self._uniform = np.stack([rng.random(options.max_new_tokens) for rng in draws])
-        self._temperature, self._top_p, self._step = options.temperature, options.top_p, 0
-
-    def __call__(self, input_ids: Any, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [R, V] with one finite entry per row, by inverting the nucleus' distribution."""
-        probabilities = (scores.double() / self._temperature).softmax(-1)
-        ordered, token = probabilities.sort(-1, descending=True)
-        before = ordered.cumsum(-1) - ordered
-        ordered = ordered.where(before < self._top_p, 0.0)  # the fewest that reach top_p
-        total = ordered.cumsum(-1)
-        uniform = self._uniform[:, self._step : self._step + 1]
-        drawn = torch.as_tensor(uniform, device=scores.device) * total[:, -1:]
-        place = torch.searchsorted(total, drawn, right=True).clamp(max=scores.shape[-1] - 1)
-        self._step += 1
-        return torch.full_like(scores, -torch.inf).scatter(1, token.gather(1, place), 0.0)
-
-
-class Multinomial:
-    """A logits processor that samples at temperature 1 from one random stream for the batch."""
-
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self._generator = torch.Generator(device).manual_seed(seed)
-
-    def __call__(self, input_ids: Any, scores: torch.Tensor) -> torch.Tensor:
-        token = torch.multinomial(scores.softmax(-1), 1, generator=self._generator)
-        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)

@@ -13,10 +13,10 @@ from typing import Any
 from ..config import EXPERTS
 from ..metrics import auroc
 from ..miniature.base import read_lines
+from ..models.generation import Multinomial
 from .generate import (
     GenerationOptions,
     Generator,
-    Multinomial,
     answer_rows,
     answers_table_rows,
     resolve,

@@ -18,6 +18,7 @@ import torch
 
 from ..data.batching import Document, TokenBatch, collate, split_batch
 from ..errors import UserError
+from ..models.generation import generate_ids
 from ..models.logprobs import CHUNK, ResponseLogProbs
 from ..pipeline.cached_map import CacheRow, Values
 from .generate import GenerationOptions, Generator, ModelSpec
@@ -90,13 +91,19 @@ class Responder:
         batch = self._generator.options.batch
         for settings, members in groups.items():
             longest, stop = self._settings(json.loads(settings))
-            self._generator.options = replace(self._generator.options, max_new_tokens=longest)
             room = self._context - longest
             contexts = [self._encode(requests[i][0])[-room:] or [self._prefix] for i in members]
             order = sorted(range(len(members)), key=lambda n: len(contexts[n]))
             for start in range(0, len(order), batch):
                 part = order[start : start + batch]
-                ids = self._generator.generate([contexts[n] for n in part], [], stop)
+                ids = generate_ids(
+                    self._generator.model,
+                    [contexts[n] for n in part],
+                    self._generator.eos,
+                    max_new_tokens=longest,
+                    stop_strings=stop or None,
+                    tokenizer=self._tokenizer,
+                )
                 for n, response in zip(part, ids, strict=True):
                     text = self._tokenizer.decode(response, skip_special_tokens=True)
                     ends = [text.partition(s)[0] for s in stop]

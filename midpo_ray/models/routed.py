@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..config import EXPERTS, Data, Model, Router
 from ..errors import UserError
+from .generation import end_tokens, generate_ids
 from .router import Anchors, RoutedLinear, Routing, row_anchors
 
 if TYPE_CHECKING:
@@ -124,12 +125,14 @@ class RoutedCausalLM(nn.Module):
             context.prompt_width = None
 
     def answer(self, prompt: Prompt, **options: Any) -> str:
-        """The text that follows a prompt, templated as in training; ``options`` go to ``generate``. Greedy by default."""
+        """The text that follows a prompt, templated as in training; ``options`` are ``generate``'s.
+
+        Greedy by default. It ends at any of the model's end tokens.
+        """
         texts = self.tokenization
-        ids = torch.tensor([texts.prompt_ids(messages(prompt))], device=self.device)
-        same = {"do_sample": False, "eos_token_id": texts.eos, "pad_token_id": texts.eos, **options}
-        made = self.generate(ids, attention_mask=torch.ones_like(ids), **same)
-        return str(self.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+        prompts = [texts.prompt_ids(messages(prompt))]
+        [ids] = generate_ids(self, prompts, end_tokens(self, texts), **options)
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
