@@ -55,6 +55,11 @@ def judge(prompts, responses):
     }
 
 
+def picky(prompts, responses):
+    """A judge that has no verdict on one prompt."""
+    return {"refused": [None if "break" in p else True for p in prompts]}
+
+
 def evaluated(folder, whats, sets, **more):
     options = GenerationOptions(
         max_new_tokens=6, **{k: more.pop(k) for k in ("temperature", "batch") if k in more}
@@ -152,6 +157,21 @@ def test_figures_are_the_csvs(tmp_path, run, prompts):
         assert [line["low"], line["high"]] == pytest.approx(
             np.percentile(draws, [2.5, 97.5]).tolist(), abs=1e-12
         )
+
+
+def test_null_verdicts_are_left_out_and_counted(tmp_path, run, prompts, caplog):
+    evaluated(tmp_path, [str(run)], [prompts], judges=[f"{__name__}:picky"])
+    line = f"{__name__}:picky: no refused for 1 of 4 answers (1 no value)"
+    assert line in caplog.messages
+    report = json.loads((tmp_path / "report/report.json").read_text())
+    assert report["about"]["answers without a verdict"] == line
+    with (tmp_path / "report/summary.csv").open(newline="", encoding="utf-8") as file:
+        lines = [r for r in csv.DictReader(file) if r.get("category", "") == ""]
+    [refusal] = [r for r in lines if "refusal_harmful" in r.values()]
+    assert (float(refusal["value"]), refusal["prompts"]) == (1.0, "1")  # of two harmful prompts
+    with (tmp_path / "report/answers.csv").open(newline="", encoding="utf-8") as file:
+        verdicts = {row["prompt"]: row["refused"] for row in csv.DictReader(file)}
+    assert verdicts == {p: "" if "break" in p else "true" for p, _, _ in PROMPTS}
 
 
 def test_sampling_does_not_depend_on_the_batch(tmp_path, run, prompts):
