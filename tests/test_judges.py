@@ -135,6 +135,10 @@ def test_scorers_by_function(tmp_path, monkeypatch):
         "    joint, cost = np.array([len(p) > 1 for p in prompts]), np.full(len(prompts), -1.5)\n"
         "    return {'joint': joint, 'note': ['x'] * len(prompts), 'cost': cost}\n"
         "def short(prompts, responses):\n    return [1.0]\n"
+        "def words(prompts, responses):\n    return {'safe': ['no'] * len(prompts)}\n"
+        "def mixed(prompts, responses):\n    return {'note': ['x', 1.0]}\n"
+        "def gaps(prompts, responses):\n"
+        "    return {'safe': [float('nan'), 1], 'own': [None, True]}\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     rows = [("p", "ab"), ("long", "abcd")]
@@ -153,6 +157,13 @@ def test_scorers_by_function(tmp_path, monkeypatch):
     ]
     with pytest.raises(UserError, match="1 values for 2 answers"):
         judged("my_judge:short", rows, tmp_path / "e")
+    for spec, column in (("my_judge:words", "safe"), ("my_judge:mixed", "note")):
+        with pytest.raises(UserError, match=f"{spec}: {column} must be"):
+            judged(spec, rows, tmp_path / "f")
+    assert judged("my_judge:gaps", rows, tmp_path / "g") == [
+        {"safe": None, "own": None},
+        {"safe": True, "own": True},
+    ]
     assert load_judge("my_judge:two").fingerprint != load_judge("my_judge:length").fingerprint
 
 

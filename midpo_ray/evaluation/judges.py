@@ -152,19 +152,19 @@ class FunctionJudge:
     def _plain(self, column: str, values: Any) -> list[Any]:
         """A column with numbers of numpy and torch as Python's; NaN becomes None."""
         try:
-            items = [v if v is None or isinstance(v, str | bool) else float(v) for v in values]
+            items = list(values)
+            given = [v for v in items if v is not None]
+            if given and column not in FLAGS and all(isinstance(v, str) for v in given):
+                return items
+            numbers = [None if v is None else float(v) for v in items]
         except (TypeError, ValueError):
             raise UserError(
-                f"--judges {self._name}: {column} must be a list of numbers, texts, True, False or "
-                "None, one per answer"
+                f"--judges {self._name}: {column} must be a list of numbers, True, False or None, "
+                "one per answer, or (in a column of your own) of texts"
             ) from None
-        items = [None if isinstance(v, float) and math.isnan(v) else v for v in items]
-        if column in FLAGS:
-            items = [None if v is None else bool(v) for v in items]
-        if len({isinstance(v, str) for v in items if v is not None}) > 1:
-            raise UserError(f"--judges {self._name}: {column} holds both texts and numbers")
-        numbers = any(isinstance(v, float) for v in items)
-        return [float(v) if numbers and isinstance(v, bool) else v for v in items]
+        flags = column in FLAGS or all(isinstance(v, bool) for v in given)
+        known = [None if v is None or math.isnan(v) else v for v in numbers]
+        return [bool(v) if flags and v is not None else v for v in known]
 
 
 def judge_answers(
