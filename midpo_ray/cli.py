@@ -307,9 +307,9 @@ def _run(arguments: argparse.Namespace) -> None:
 
     result = run(config, arguments.address, run_dir=arguments.run_dir, until=arguments.until)
     if result.table is not None:
-        from .evaluation.miniature import render
+        from .evaluation.miniature import render_miniature
 
-        print(render(result.table))
+        print(render_miniature(result.table))
     print(f"result: {result.run_dir}")
     if not arguments.until:
         print(f'try it: midpo generate {result.run_dir} --prompt "..."')

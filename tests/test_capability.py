@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from midpo_ray.cli import main
 from midpo_ray.errors import UserError
 from midpo_ray.evaluation.capability import CachedResponder
-from midpo_ray.evaluation.generate import GenerationOptions, resolve
+from midpo_ray.evaluation.generate import GenerationOptions, resolve_model
 from midpo_ray.models import load_routed, save_router
 from midpo_ray.storage import Storage
 
@@ -47,7 +47,7 @@ def runs(tmp_path_factory, tiny_llama, byte_tokenizer):
 
 
 def asked(what, folder, **options):
-    return CachedResponder(resolve(str(what)), GenerationOptions(**options), Storage(folder))
+    return CachedResponder(resolve_model(str(what)), GenerationOptions(**options), Storage(folder))
 
 
 def requests(given):

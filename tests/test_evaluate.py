@@ -13,7 +13,7 @@ from routing_world import make_run, routed_of
 from midpo_ray.cli import main
 from midpo_ray.errors import UserError
 from midpo_ray.evaluation import evaluate as job
-from midpo_ray.evaluation.generate import GenerationOptions, Generator, base_of, resolve
+from midpo_ray.evaluation.generate import GenerationOptions, Generator, base_of, resolve_model
 from midpo_ray.models import save_router
 
 PROMPTS = [
@@ -194,10 +194,10 @@ def test_parts_answer_as_forced_gates(tmp_path, run):
     ]
     options = GenerationOptions(max_new_tokens=8)
     parts = {
-        part: Generator(resolve(f"{run}:{part}"), options).answer(rows)
+        part: Generator(resolve_model(f"{run}:{part}"), options).answer(rows)
         for part in ("safety", "helpfulness", "base")
     }
-    routed = Generator(resolve(str(run)), options)
+    routed = Generator(resolve_model(str(run)), options)
     gates = load_routed(run).routing([p for p, _, _ in PROMPTS])
     for part, forced in {"safety": (1, 0), "helpfulness": (0, 1), "base": (0, 0)}.items():
         with routed.model.force_gates(*forced):
@@ -211,11 +211,11 @@ def test_parts_answer_as_forced_gates(tmp_path, run):
 
 def test_what(tmp_path, run, tiny_model_dir):
     model = tiny_model_dir()
-    plain = resolve(str(model))
+    plain = resolve_model(str(model))
     assert (plain.family, plain.name) == ("model", model.name)
-    assert base_of(resolve(str(run / "experts/safety"))).family == "base"
-    assert base_of(resolve(str(run))).fingerprint == resolve(f"{run}:base").fingerprint
-    assert resolve(str(run)).fingerprint != resolve(f"{run}:safety").fingerprint
+    assert base_of(resolve_model(str(run / "experts/safety"))).family == "base"
+    assert base_of(resolve_model(str(run))).fingerprint == resolve_model(f"{run}:base").fingerprint
+    assert resolve_model(str(run)).fingerprint != resolve_model(f"{run}:safety").fingerprint
     for what, says in (
         (f"{run}:gates", "a part of a run"),
         (str(tmp_path), "no run"),
@@ -223,7 +223,7 @@ def test_what(tmp_path, run, tiny_model_dir):
         ("no/such", "no/such"),
     ):
         with pytest.raises(UserError, match=says):
-            resolve(what)
+            resolve_model(what)
     with pytest.raises(UserError, match="two models are named"):
         job.make_plan([str(run), str(run)], ["builtin:miniature"])
 

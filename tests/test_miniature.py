@@ -14,9 +14,14 @@ from midpo_ray.config import Data, DataSet
 from midpo_ray.data.read import read_pairs
 from midpo_ray.data.tokens import Tokenization
 from midpo_ray.errors import UserError
-from midpo_ray.evaluation.generate import GenerationOptions, Generator, resolve
+from midpo_ray.evaluation.generate import GenerationOptions, Generator, resolve_model
 from midpo_ray.evaluation.judges import judge_answers, load_judge
-from midpo_ray.evaluation.miniature import metrics_of, render, routing_metrics, sampled_answers
+from midpo_ray.evaluation.miniature import (
+    metrics_of,
+    render_miniature,
+    routing_metrics,
+    sampled_answers,
+)
 from midpo_ray.evaluation.prompts import Prompt
 from midpo_ray.metrics import auroc
 from midpo_ray.miniature import base
@@ -340,7 +345,7 @@ def test_metrics_by_hand():
     assert row["cost"] == pytest.approx((-1.5 + 1.0 - 1.5 - 1.8 - 1.5) / 5)
     assert row["joint"] == pytest.approx(2 / 5)
     assert row["malformed"] == pytest.approx(1 / 5)
-    text = render({"models": {"base": row}, "routing": dict.fromkeys(ROUTING, 1.0)})
+    text = render_miniature({"models": {"base": row}, "routing": dict.fromkeys(ROUTING, 1.0)})
     assert [line.split()[0] for line in text.splitlines()] == ["model", "base", "gates"]
 
 
@@ -362,7 +367,7 @@ def test_routing_by_hand():
 
 def sampled(folder, prompts, batch, max_new_tokens=8):
     options = GenerationOptions(max_new_tokens, temperature=1.0, batch=batch)
-    generator = Generator(resolve(str(folder)), options)
+    generator = Generator(resolve_model(str(folder)), options)
     return sampled_answers(generator, prompts)
 
 

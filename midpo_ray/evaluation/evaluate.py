@@ -33,7 +33,7 @@ from .generate import (
     answers_folder,
     answers_table_rows,
     base_of,
-    resolve,
+    resolve_model,
 )
 from .judges import Judge, judge_answers, load_judge
 from .prompts import Prompt, load_sets, prompts_digest
@@ -81,12 +81,12 @@ def make_plan(
     if tasks:
         capability.check_installed()
     _check_numbers(options, seeds, {"task-limit": task_limit, "prompts": limit})
-    models = [resolve(what, template=template, dtype=dtype) for what in whats]
+    models = [resolve_model(what, template=template, dtype=dtype) for what in whats]
     other = None
     if against is not None:
         other = base_of(models[0])
         if against != "base":
-            other = resolve(against, template=template, dtype=dtype)
+            other = resolve_model(against, template=template, dtype=dtype)
         if all(m.fingerprint != other.fingerprint for m in models):
             models.insert(0, other)
         other = next(m for m in models if m.fingerprint == other.fingerprint)

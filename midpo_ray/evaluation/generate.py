@@ -82,7 +82,7 @@ class Answer:
         return values
 
 
-def resolve(what: str, *, template: str = "auto", dtype: str = "float32") -> ModelSpec:
+def resolve_model(what: str, *, template: str = "auto", dtype: str = "float32") -> ModelSpec:
     """The model that a WHAT names.
 
     That is a run directory (``RUN``, ``RUN:safety``, ``RUN:helpfulness``, ``RUN:base``), the folder

@@ -19,7 +19,7 @@ from .generate import (
     Generator,
     answer_rows,
     answers_table_rows,
-    resolve,
+    resolve_model,
 )
 from .judges import judge_answers, load_judge
 from .prompts import MINIATURE, Prompt
@@ -63,7 +63,7 @@ def evaluate_run(
     options = GenerationOptions(max_new_tokens, temperature=1.0, batch=_BATCH)
     models, routing = {}, {}
     for name, part in _MODELS.items():
-        generator = Generator(resolve(f"{run_dir}:{part}"), options)
+        generator = Generator(resolve_model(f"{run_dir}:{part}"), options)
         models[name] = metrics_of(sampled_answers(generator, asked))
         if part == "routed":
             gates = generator.model.routing([p.text for p in asked])
@@ -134,7 +134,7 @@ def routing_metrics(
     return result
 
 
-def render(result: Mapping[str, Any]) -> str:
+def render_miniature(result: Mapping[str, Any]) -> str:
     """The table of ``evaluate_run`` as text."""
     width = max(len(name) for name in ("model", *result["models"]))
     lines = ["  ".join(["model".ljust(width), *_COLUMNS.values()])]

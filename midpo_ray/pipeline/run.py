@@ -181,12 +181,12 @@ class _Job:
 
     def _evaluate(self) -> None:
         from .prepare import build_miniature
-        from .stages import evaluate
+        from .stages import evaluate_miniature
 
         started = time.monotonic()
         self.say("evaluation: generating and judging")
         built = build_miniature(self.config, self.cache, self.say)
-        table = evaluate(self.config, self.run, built.prompts)
+        table = evaluate_miniature(self.config, self.run, built.prompts)
         (self.run / "evaluation").write("table.json", json.dumps(table, indent=1).encode())
         self._commit("evaluation", time.monotonic() - started)
 

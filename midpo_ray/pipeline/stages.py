@@ -259,7 +259,7 @@ def save(
     run.upload(folder, FOLDERS[stage])
 
 
-def evaluate(config: Config, run: Storage, prompts: Path) -> dict[str, Any]:
+def evaluate_miniature(config: Config, run: Storage, prompts: Path) -> dict[str, Any]:
     """The miniature's table (``evaluation.miniature``), computed by a Ray task on one core."""
     import ray
 
