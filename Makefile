@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup setup-dev demo test test-unit test-cluster checks benchmarks clean
+.PHONY: setup setup-dev demo docs test test-unit test-cluster checks soak benchmarks clean
 
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
@@ -23,6 +23,10 @@ $(VENV)/.installed-dev: pyproject.toml
 
 demo: setup
 	$(BIN)/midpo run miniature
+
+# docs/configuration.md, from the descriptions of the keys.
+docs: setup
+	$(BIN)/midpo config --markdown > docs/configuration.md
 
 checks: setup-dev
 	$(BIN)/ruff check .

@@ -2,507 +2,484 @@
 
 from __future__ import annotations
 
-import argparse
 import io
+import re
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from . import __version__
-from .config import SCORES, dump, load_config, shipped_recipes, shipped_studies
+import typer
+from typer import Argument, Option
+from typer.core import TyperCommand
+
+from . import __version__, load_routed
+from .config import (
+    SCORES,
+    Config,
+    Data,
+    DataSet,
+    Model,
+    dump,
+    load_config,
+    reference,
+    shipped_recipes,
+    shipped_studies,
+)
 from .errors import UserError
 from .logs import set_up_logging
 
+# Commands import what they run when they are called: no command's help waits for torch or Ray.
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, or 2 for bad input."""
-    parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
-    if hasattr(
-        arguments, "overrides"
-    ):  # argparse does not gather positionals that stand behind options
-        arguments.overrides += [word for word in rest if "=" in word and not word.startswith("-")]
-        rest = [word for word in rest if word not in arguments.overrides]
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            line_buffering=True
-        )  # a job's log tells what is going on while it does
-    set_up_logging(arguments.verbose - arguments.quiet)
-    try:
-        arguments.command(arguments)
-    except BrokenPipeError:
-        return 0
-    except (
-        UserError,
-        OSError,
-    ) as error:  # of files and storage: no permission, out of reach, no space
-        print(f"midpo: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("midpo: interrupted; the same command goes on from what is finished", file=sys.stderr)
-        return 130
-    return 0
+app = typer.Typer(
+    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    help="Align a language model for safety and helpfulness, offline, on Ray.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+cluster_app = typer.Typer(help="Cluster files.")
+app.add_typer(cluster_app, name="cluster", rich_help_panel="Cluster")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="midpo", description="Align a language model for safety and helpfulness, on Ray."
-    )
-    parser.add_argument("--version", action="version", version=f"midpo_ray {__version__}")
-    more = parser.add_mutually_exclusive_group()
-    more.add_argument(
-        "-v",
-        "--verbose",
-        action="count",
-        default=0,
-        help="also details, and the libraries' messages",
-    )
-    more.add_argument("-q", "--quiet", action="count", default=0, help="warnings and results alone")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+class _Command(TyperCommand):
+    """A command whose options of several values take them as words: ``--sets a b``."""
 
-    run = commands.add_parser("run", help="run a recipe, or what is missing of it")
-    run.add_argument("recipe", help=f"a YAML file, or one of {', '.join(shipped_recipes())}")
-    run.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    run.add_argument(
-        "--address", help="local (default): a Ray cluster of its own; auto or HOST: one that runs"
-    )
-    run.add_argument(
-        "--run-dir", metavar="DIR", help="path or URI that every node reaches (default runs/NAME)"
-    )
-    run.add_argument("--until", metavar="STAGE", help="the last stage to run")
-    run.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print the resolved configuration and the plan, and do nothing",
-    )
-    run.set_defaults(command=_run)
-
-    tune = commands.add_parser("tune", help="sweep over a space of objectives, on one scoring pass")
-    tune.add_argument("space", help="a YAML file, as in tune_spaces/")
-    tune.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    tune.add_argument(
-        "--recipe", required=True, help="what is varied: a YAML file or a shipped recipe"
-    )
-    tune.add_argument("--address", help="as for run")
-    tune.add_argument(
-        "--run-dir",
-        metavar="DIR",
-        help="path or URI that every node reaches (default runs/RECIPE-tune-SPACE)",
-    )
-    tune.add_argument(
-        "--samples", type=int, metavar="N", help="points in all, instead of the space's number"
-    )
-    tune.add_argument(
-        "--add-samples",
-        type=int,
-        default=0,
-        metavar="N",
-        help="so many more than a finished sweep has",
-    )
-    tune.add_argument(
-        "--seeds", type=int, metavar="K", help="trainings of every point: means get intervals"
-    )
-    tune.add_argument("--select", metavar="RULE", help="knee, METRIC, or 'METRIC>=X then METRIC'")
-    tune.set_defaults(command=_tune)
-
-    study = commands.add_parser(
-        "study", help="many contenders and seeds, in one table of answers and one report"
-    )
-    study.add_argument(
-        "study", help="a YAML file, or one of those shipped: " + ", ".join(shipped_studies())
-    )
-    study.add_argument("overrides", nargs="*", metavar="key.sub=value", help="of its recipe")
-    study.add_argument("--address", help="as for run")
-    study.add_argument(
-        "--run-dir",
-        metavar="DIR",
-        help="path or URI that every node reaches (default runs/study-NAME)",
-    )
-    study.add_argument("--seeds", metavar="N,N", help="instead of the study's own")
-    study.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="say what would be trained and answered, and do nothing",
-    )
-    study.set_defaults(command=_study)
-
-    reward = commands.add_parser(
-        "reward", help="train a recipe's reward and cost models, and measure them"
-    )
-    reward.add_argument("recipe", help="as for run; its section reward_model says how")
-    reward.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    reward.add_argument("--kind", choices=SCORES, help="only this one")
-    reward.add_argument("--address", help="as for run")
-    reward.add_argument("--run-dir", metavar="DIR", help="as for run")
-    reward.set_defaults(command=_reward)
-
-    submit = commands.add_parser("submit", help="run a recipe as a job on a cluster that is up")
-    submit.add_argument("recipe", help="as for run")
-    submit.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    submit.add_argument("--name", help="the run's name (default: the recipe's)")
-    submit.add_argument(
-        "--run-dir",
-        metavar="DIR",
-        help="on storage that every node reaches (default /mnt/midpo/runs/NAME)",
-    )
-    submit.add_argument("--follow", action="store_true", help="show what it says until it ends")
-    status = commands.add_parser("status", help="the jobs of a cluster, or a run's newest")
-    status.add_argument("run", nargs="?", help="a run's name or a job's id")
-    logs = commands.add_parser("logs", help="what a run's job says")
-    logs.add_argument("run")
-    logs.add_argument("--follow", action="store_true", help="until it ends")
-    stop = commands.add_parser(
-        "stop", help="end a run's job, after a checkpoint; the same submit goes on"
-    )
-    stop.add_argument("run")
-    fetch = commands.add_parser(
-        "fetch", help="copy a run's adapters, router and report to this machine"
-    )
-    fetch.add_argument("run", help="a run's name, a job's id, or a run directory")
-    fetch.add_argument("--to", metavar="DIR", help="default runs/NAME")
-    for command, parse in (
-        ("submit", submit),
-        ("status", status),
-        ("logs", logs),
-        ("stop", stop),
-        ("fetch", fetch),
-    ):
-        parse.add_argument("--cluster", metavar="FILE", help="a cluster file that `ray up` started")
-        parse.add_argument(
-            "--address", metavar="URL", help="or its job API, for example http://127.0.0.1:8265"
-        )
-        parse.add_argument(
-            "--insecure",
-            action="store_true",
-            help="also a job API that others reach and that asks for no token",
-        )
-        parse.set_defaults(command=_jobs, job=command)
-
-    inspect = commands.add_parser("inspect", help="what is in a preference set, before training")
-    inspect.add_argument("data", help="a file or hub name")
-    inspect.add_argument("--model", help="tokenise with this model's tokenizer and template")
-    inspect.add_argument("--stage", choices=("safety", "helpfulness", "router"))
-    inspect.add_argument(
-        "--rule",
-        default="pareto_labels",
-        choices=("labels", "pareto_labels"),
-        help="the router's dual rule",
-    )
-    inspect.add_argument("--template", default="auto")
-    inspect.add_argument("--max-length", type=int, default=512)
-    inspect.add_argument(
-        "--show", type=int, default=2, metavar="N", help="pairs printed token by token"
-    )
-    inspect.set_defaults(command=_inspect)
-
-    evaluate = commands.add_parser(
-        "evaluate", help="models answer prompt sets, judges read the answers: a table and a report"
-    )
-    evaluate.add_argument(
-        "what",
-        nargs="+",
-        help="a run directory, RUN:safety, RUN:helpfulness, RUN:base, an adapter, a model",
-    )
-    evaluate.add_argument(
-        "--sets",
-        nargs="+",
-        required=True,
-        metavar="SET",
-        help="xstest, harmbench, ..., or files of prompts",
-    )
-    evaluate.add_argument(
-        "--against",
-        metavar="WHAT",
-        help="win rates against this one; base: what the first WHAT stands on",
-    )
-    judges = "reward=MODEL, cost=MODEL, module:function, FILE.yaml of an endpoint; phrases, of refusals, is always there"
-    evaluate.add_argument("--judges", nargs="+", default=[], metavar="JUDGE", help=judges)
-    evaluate.add_argument("--out", metavar="DIR", help="of the report (default reports/WHAT-SETS)")
-    evaluate.add_argument(
-        "--cache",
-        metavar="DIR",
-        default="runs/cache",
-        help="of answers and verdicts; every node reaches it",
-    )
-    evaluate.add_argument("--address", help="as for run")
-    evaluate.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="actors (default: all GPUs, or up to 8 CPUs); 0: no Ray",
-    )
-    evaluate.add_argument(
-        "--prompts", type=int, metavar="N", help="at most so many of each set, drawn by content"
-    )
-    tasks = "general capability: comma-separated names of lm-evaluation-harness' tasks, its YAML files, folders of them"
-    evaluate.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help=tasks)
-    evaluate.add_argument(
-        "--task-limit", type=int, metavar="N", help="only the first N examples of each task"
-    )
-    evaluate.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    evaluate.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    evaluate.add_argument("--top-p", type=float, default=1.0)
-    evaluate.add_argument(
-        "--seeds", type=int, default=1, metavar="K", help="answers to each prompt"
-    )
-    evaluate.add_argument(
-        "--batch", type=int, default=16, metavar="N", help="prompts generated at once"
-    )
-    evaluate.add_argument(
-        "--template", default="auto", help="of adapters and models; a run has its own"
-    )
-    evaluate.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of adapters and models"
-    )
-    evaluate.set_defaults(command=_evaluate)
-
-    generate = commands.add_parser(
-        "generate", help="an answer of the aligned model, and the gates that made it"
-    )
-    generate.add_argument("run_dir")
-    generate.add_argument("--prompt", required=True)
-    generate.add_argument(
-        "--force-gates", metavar="S,H", help="two numbers instead of the router's own"
-    )
-    generate.add_argument("--max-new-tokens", type=int, default=256)
-    generate.set_defaults(command=_generate)
-
-    doctor = commands.add_parser(
-        "doctor", help="what is installed, what the cluster has, what would fail"
-    )
-    doctor.add_argument("--address")
-    doctor.set_defaults(command=_doctor)
-
-    cluster = commands.add_parser("cluster", help="cluster files").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
-    check = cluster.add_parser("check", help="whether a cluster file is sound, offline")
-    check.add_argument("file")
-    check.add_argument("--recipe", help="also whether it offers the groups that this recipe needs")
-    check.set_defaults(command=_cluster_check)
-    return parser
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        several = {name for p in self.params if p.multiple for name in p.opts}
+        words: list[str] = []
+        option = None
+        for word in args:
+            if option and not word.startswith("-") and words[-1] != option:
+                words.append(option)
+            words.append(word)
+            if word.startswith("-"):
+                option = word if word in several else None
+        return super().parse_args(ctx, words)
 
 
-def _run(arguments: argparse.Namespace) -> None:
-    config = load_config(arguments.recipe, arguments.overrides)
-    if arguments.dry_run:
-        from .pipeline.manifest import Manifest
-        from .pipeline.plan import describe, plan
-        from .pipeline.run import run_directory
+def _command(panel: str, example: str, group: typer.Typer = app, **more: Any) -> Callable[..., Any]:
+    example = f"Example: [bold]midpo {example}[/bold]"
+    return group.command(cls=_Command, rich_help_panel=panel, epilog=example, **more)
 
-        storage = run_directory(config, arguments.run_dir)
-        manifest = Manifest(storage)
-        manifest.refuse_other(config)
-        print(dump(config), end="")
-        print(f"\n# run directory {storage.uri}")
-        for stage in ("safety", "helpfulness", "router"):
-            group = config.group(stage)
-            print(f"# group of {stage}: {group.model_dump(mode='json')}")
-        print(describe(plan(config, manifest, arguments.until)))
+
+def _option(metavar: str | None, help: str, default: str | bool = True) -> Any:
+    """An option; ``default`` describes what happens without it, where the value does not."""
+    return Option(metavar=metavar, help=help, show_default=default)
+
+
+Text = str | None
+Number = int | None
+Words = list[str] | None
+Recipe = Annotated[str, Argument(help=f"A YAML file, or one of {', '.join(shipped_recipes())}.")]
+_overrides = "Changed keys of the recipe; `midpo config` lists them."
+Overrides = Annotated[
+    Words, Argument(metavar="[KEY.SUB=VALUE]...", help=_overrides, show_default="none")
+]
+Address = Annotated[
+    Text, _option(None, "auto or HOST: a running Ray cluster.", "a cluster of its own")
+]
+RunDir = Annotated[Text, _option("DIR", "Path or URI that every node reaches.", "runs/NAME")]
+DryRun = Annotated[bool, Option("--dry-run", help="Print what would be done, and stop.")]
+RunName = Annotated[str, Argument(help="Name of a run, or id of a job.")]
+ClusterFile = Annotated[Text, _option("FILE", "A cluster file that `ray up` started.", "none")]
+JobAddress = Annotated[
+    Text,
+    Option("--address", metavar="URL", help="Or a job API, http://HOST:8265.", show_default="none"),
+]
+_insecure = "Use a job API that other machines reach without a token."
+Insecure = Annotated[bool, Option("--insecure", help=_insecure)]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"midpo_ray {__version__}")
+        raise typer.Exit
+
+
+_version = Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+
+
+@app.callback()
+def _options(
+    verbose: Annotated[bool, Option("-v", "--verbose", help="Show details.")] = False,
+    quiet: Annotated[bool, Option("-q", "--quiet", help="Show only warnings and results.")] = False,
+    version: Annotated[bool, _version] = False,
+) -> None:
+    set_up_logging(verbose - quiet)
+
+
+@_command("Prepare", "inspect pairs.jsonl --model gpt2 --stage safety")
+def inspect(
+    data: Annotated[str, Argument(help="A file, a folder or a hub name.")],
+    model: Annotated[Text, _option(None, "Tokenise as this model does.", "no tokens")] = None,
+    stage: Annotated[
+        Literal["safety", "helpfulness", "router"] | None,
+        _option(None, "Select the pairs of a stage.", "all pairs"),
+    ] = None,
+    rule: Annotated[
+        Literal["labels", "pareto_labels"], Option(help="Rule that selects the router's pairs.")
+    ] = "pareto_labels",
+    template: Annotated[str, Option(help="Prompt format, as data.template.")] = "auto",
+    max_length: Annotated[int, _option("N", "Longest prompt and response, in tokens.")] = 512,
+    show: Annotated[int, _option("N", "Pairs that are printed token by token.")] = 2,
+) -> None:
+    """Print what a preference set holds, before training."""
+    from .data.inspect import describe
+    from .data.read import read_pairs
+    from .data.tokens import Tokenization
+    from .models.base import load_tokenizer
+
+    if max_length < 2:
+        raise UserError(f"--max-length {max_length}: at least 2 is expected")
+    sets = (DataSet(path=data),)
+    settings = Data(sets=sets, template=template, max_length=max_length, long_prompts="drop")
+    pairs, report = read_pairs(sets, seed=0)
+    tokenizer = load_tokenizer(Model(path=model)) if model else None
+    tokenization = Tokenization(tokenizer, settings) if tokenizer else None
+    rows = rule if stage == "router" else stage
+    more: Any = {"tokenization": tokenization, "tokenizer": tokenizer, "show": show}
+    print(describe(pairs, report, stage=rows, **more))
+
+
+@_command("Prepare", "doctor --address auto")
+def doctor(address: Address = None) -> None:
+    """Print what is installed, what the cluster has, and what would fail."""
+    from .doctor import examine
+
+    print(examine(address))
+
+
+@_command("Prepare", "config miniature experts.safety.objective")
+def config(
+    recipe: Annotated[
+        Text, Argument(help="Print this recipe's values too.", show_default="none")
+    ] = None,
+    key: Annotated[
+        Text, Argument(help="Print this key and those below it.", show_default="all keys")
+    ] = None,
+    schema: Annotated[bool, Option("--schema", help="Print a JSON schema for editors.")] = False,
+    markdown: Annotated[bool, Option("--markdown", help="Print docs/configuration.md.")] = False,
+) -> None:
+    """Print the keys of a recipe: type, default and meaning."""
+    if schema:
+        print(reference.json_schema())
+    elif markdown:
+        print(reference.markdown(), end="")
+    else:
+        print(reference.describe(load_config(recipe) if recipe else None, key))
+
+
+@_command("Train", "run miniature router.prior=0.1 --run-dir runs/demo")
+def run(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    address: Address = None,
+    run_dir: RunDir = None,
+    until: Annotated[Text, _option("STAGE", "The last stage to run.", "all stages")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Run a recipe, or what is missing of it: scores, experts, router."""
+    from .pipeline import run as pipeline
+
+    settings = load_config(recipe, overrides or [])
+    if dry_run:
+        _print_plan(settings, run_dir, until)
         return
-    from .pipeline.run import run
-
-    result = run(config, arguments.address, run_dir=arguments.run_dir, until=arguments.until)
+    result = pipeline.run(settings, address, run_dir=run_dir, until=until)
     if result.table is not None:
         from .evaluation.miniature import render_miniature
 
         print(render_miniature(result.table))
     print(f"result: {result.run_dir}")
-    if not arguments.until:
+    if not until:
         print(f'try it: midpo generate {result.run_dir} --prompt "..."')
 
 
-def _tune(arguments: argparse.Namespace) -> None:
-    from .tuning.sweep import tune
+def _print_plan(settings: Config, run_dir: str | None, until: str | None) -> None:
+    from .pipeline.manifest import Manifest
+    from .pipeline.plan import describe, plan
+    from .pipeline.run import run_directory
 
-    names = ("address", "run_dir", "samples", "add_samples", "seeds", "select")
-    options = {name: getattr(arguments, name) for name in names}
-    command = " ".join([arguments.recipe, *arguments.overrides])
-    tune(arguments.space, load_config(arguments.recipe, arguments.overrides), command, **options)
-
-
-def _study(arguments: argparse.Namespace) -> None:
-    from .study.run import study
-
-    try:
-        seeds = [int(s) for s in arguments.seeds.split(",")] if arguments.seeds else None
-    except ValueError:
-        raise UserError(
-            f"--seeds {arguments.seeds}: whole numbers are expected, for example 0,1,2"
-        ) from None
-    options = {
-        "address": arguments.address,
-        "run_dir": arguments.run_dir,
-        "seeds": seeds,
-        "dry": arguments.dry_run,
-    }
-    study(arguments.study, arguments.overrides, **options)
+    storage = run_directory(settings, run_dir)
+    manifest = Manifest(storage)
+    manifest.refuse_other(settings)
+    print(dump(settings), end="")
+    print(f"\n# run directory {storage.uri}")
+    for stage in ("safety", "helpfulness", "router"):
+        print(f"# group of {stage}: {settings.group(stage).model_dump(mode='json')}")
+    print(describe(plan(settings, manifest, until)))
 
 
-def _reward(arguments: argparse.Namespace) -> None:
+@_command("Train", "tune tune_spaces/joint.yaml --recipe miniature --samples 6")
+def tune(
+    space: Annotated[str, Argument(help="A YAML file, as in tune_spaces/.")],
+    recipe: Annotated[str, Option(help="The recipe that is varied: a YAML file or a name.")],
+    overrides: Overrides = None,
+    address: Address = None,
+    run_dir: Annotated[Text, _option("DIR", "As for run.", "runs/RECIPE-tune-SPACE")] = None,
+    samples: Annotated[Number, _option("N", "Number of points.", "the space's")] = None,
+    add_samples: Annotated[int, _option("N", "Points to add to a finished sweep.")] = 0,
+    seeds: Annotated[Number, _option("N", "Trainings of every point.", "the space's")] = None,
+    select: Annotated[
+        Text, _option("RULE", "knee, METRIC, or 'METRIC>=X then METRIC'.", "the space's")
+    ] = None,
+) -> None:
+    """Sweep over a space of objectives, on one table of scores."""
+    from .tuning import sweep
+
+    settings = load_config(recipe, overrides or [])
+    options: Any = {"address": address, "run_dir": run_dir, "samples": samples}
+    options |= {"add_samples": add_samples, "seeds": seeds, "select": select}
+    sweep.tune(space, settings, " ".join([recipe, *(overrides or [])]), **options)
+
+
+@_command("Train", "reward smollm2-135m-scores --kind cost")
+def reward(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    kind: Annotated[
+        Literal["reward", "cost"] | None, _option(None, "Train only this one.", "both")
+    ] = None,
+    address: Address = None,
+    run_dir: RunDir = None,
+) -> None:
+    """Train the reward and the cost model of a recipe, and measure them."""
     from .evaluation.reward import train_score_models
 
-    config, kinds = (
-        load_config(arguments.recipe, arguments.overrides),
-        [arguments.kind] if arguments.kind else SCORES,
-    )
-    report = train_score_models(config, arguments.address, run_dir=arguments.run_dir, kinds=kinds)
-    for kind in kinds:
-        print(f"scores.{kind}.model={report[kind]['model']}")
+    kinds = [kind] if kind else list(SCORES)
+    settings = load_config(recipe, overrides or [])
+    report = train_score_models(settings, address, run_dir=run_dir, kinds=kinds)
+    for name in kinds:
+        print(f"scores.{name}.model={report[name]['model']}")
 
 
-def _jobs(arguments: argparse.Namespace) -> None:
-    from . import jobs
-
-    run: Any = getattr(arguments, "run", None)
-    act = arguments.job
-    if act == "submit":
-        config, name, run_dir = jobs.load(
-            arguments.recipe, arguments.overrides, arguments.name, arguments.run_dir
-        )
-    if act == "fetch" and "/" in run:
-        jobs.fetch(
-            run,
-            Path(arguments.to or f"runs/{run.rstrip('/').rpartition('/')[2]}"),
-            arguments.cluster,
-            print,
-        )
-        return
-    with jobs.reach(arguments.cluster, arguments.address) as url:
-        api = jobs.Jobs(url, insecure=arguments.insecure)
-        if act == "submit":
-            job = api.submit(config, name, run_dir, print)
-            where = (
-                f"--cluster {arguments.cluster}"
-                if arguments.cluster
-                else f"--address {arguments.address}"
-            )
-            for verb, more in (("logs", " --follow"), ("stop", ""), ("fetch", "")):
-                print(f"  midpo {verb} {name} {where}{more}")
-            if arguments.follow:
-                api.logs(job, True, print)
-        elif act == "status":
-            api.status(run, print)
-        elif act == "logs":
-            api.logs(run, arguments.follow, print)
-        elif act == "stop":
-            api.stop(run, print)
-        else:
-            found = api.of(run).metadata
-            jobs.fetch(
-                found["run_dir"],
-                Path(arguments.to or f"runs/{found['name']}"),
-                arguments.cluster,
-                print,
-            )
+_what = "Run directories, their parts (RUN:safety, RUN:helpfulness, RUN:base), adapters, models."
+_judges = "reward=MODEL, cost=MODEL, module:function, FILE.yaml of an endpoint; phrases always."
+_tasks = "Tasks of lm-evaluation-harness: names, YAML files, folders of them."
 
 
-def _inspect(arguments: argparse.Namespace) -> None:
-    from .config import Data, DataSet, Model
-    from .data.inspect import describe
-    from .data.read import read_pairs
-
-    sets = (DataSet(path=arguments.data),)
-    if arguments.max_length < 2:
-        raise UserError(f"--max-length {arguments.max_length}: at least 2 is expected")
-    data = Data(
-        sets=sets, template=arguments.template, max_length=arguments.max_length, long_prompts="drop"
-    )
-    pairs, report = read_pairs(data.sets, seed=0)
-    tokenization = tokenizer = None
-    if arguments.model:
-        from .data.tokens import Tokenization
-        from .models.base import load_tokenizer
-
-        tokenizer = load_tokenizer(Model(path=arguments.model))
-        tokenization = Tokenization(tokenizer, data)
-    stage = arguments.rule if arguments.stage == "router" else arguments.stage
-    print(
-        describe(
-            pairs,
-            report,
-            stage=stage,
-            tokenization=tokenization,
-            tokenizer=tokenizer,
-            show=arguments.show,
-        )
-    )
-
-
-def _evaluate(arguments: argparse.Namespace) -> None:
-    import shlex
-
+@_command("Measure", "evaluate runs/mine --sets xstest harmful.jsonl --against base")
+def evaluate(
+    what: Annotated[list[str], Argument(help=_what)],
+    sets: Annotated[list[str], _option("SET...", "xstest, harmbench, ..., or files of prompts.")],
+    against: Annotated[
+        Text, _option("WHAT", "Win rates against this model, or base.", "none")
+    ] = None,
+    judges: Annotated[Words, _option("JUDGE...", _judges, "phrases")] = None,
+    out: Annotated[Text, _option("DIR", "Folder of the report.", "reports/WHAT-SETS")] = None,
+    cache: Annotated[
+        str, _option("DIR", "Answers and verdicts, where every node reaches them.")
+    ] = ("runs/cache"),
+    address: Address = None,
+    workers: Annotated[Number, _option("N", "Processes; 0: no Ray.", "all GPUs or 8 CPUs")] = None,
+    prompts: Annotated[Number, _option("N", "Most prompts of each set.", "all")] = None,
+    tasks: Annotated[Words, _option("TASK...", _tasks, "none")] = None,
+    task_limit: Annotated[Number, _option("N", "Most examples of each task.", "all")] = None,
+    max_new_tokens: Annotated[int, _option("N", "Longest answer, in tokens.")] = 256,
+    temperature: Annotated[float, _option(None, "Sampling temperature; 0 is greedy.")] = 0.0,
+    top_p: Annotated[float, _option(None, "Share of probability to sample from.")] = 1.0,
+    seeds: Annotated[int, _option("N", "Answers to each prompt.")] = 1,
+    batch: Annotated[int, _option("N", "Prompts that are answered at once.")] = 16,
+    template: Annotated[str, _option(None, "Prompt format of adapters and models.")] = "auto",
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], _option(None, "Weights of adapters and models.")
+    ] = "float32",
+) -> None:
+    """Let models answer prompt sets and judges read the answers: a table and a report."""
     from .evaluation import evaluate as job
 
-    names = ("max_new_tokens", "temperature", "top_p", "batch")
-    options = job.GenerationOptions(**{name: getattr(arguments, name) for name in names})
+    options = job.GenerationOptions(max_new_tokens, temperature, top_p, batch=batch)
+    more: Any = {"against": against, "judges": judges or [], "seeds": seeds, "limit": prompts}
+    more["tasks"] = [name for word in tasks or [] for name in word.split(",") if name]
+    more |= {"task_limit": task_limit, "template": template, "dtype": dtype}
     command = shlex.join(["midpo", *sys.argv[1:]])
-    more = {
-        name: getattr(arguments, name)
-        for name in ("against", "judges", "seeds", "task_limit", "template", "dtype")
-    }
-    more["tasks"] = [name for word in arguments.tasks for name in word.split(",") if name]
-    plan = job.make_plan(
-        arguments.what,
-        arguments.sets,
-        options=options,
-        limit=arguments.prompts,
-        command=command,
-        **more,
-    )
-    first = [
-        Path(x).name.partition(".")[0].replace(":", "-")
-        for x in (arguments.what[0], *arguments.sets)
-    ]
-    out = arguments.out or f"reports/{'-'.join(first)}"
-    answers = job.evaluate(
-        plan, out, cache=arguments.cache, address=arguments.address, workers=arguments.workers
-    )
-    print(job.render(answers))
+    plan = job.make_plan(what, sets, options=options, command=command, **more)
+    out = out or report_folder(what[0], sets)
+    print(job.render(job.evaluate(plan, out, cache=cache, address=address, workers=workers)))
     print(f"report: {out}/report.html")
 
 
-def _generate(arguments: argparse.Namespace) -> None:
-    from contextlib import nullcontext
+def report_folder(what: str, sets: Sequence[str]) -> str:
+    """The default folder of a report; only the endings of data files are left out."""
+    ending = re.compile(r"\.(jsonl?|csv|parquet|txt)(\.gz)?$")
+    names = [Path(what).name, *(ending.sub("", Path(s).name) for s in sets)]
+    return f"reports/{'-'.join(names).replace(':', '-')}"
 
-    from . import load_routed
 
-    gates: tuple[float, ...] = ()
-    if arguments.force_gates:
-        try:
-            gates = tuple(float(x) for x in arguments.force_gates.split(","))
-        except ValueError:
-            gates = ()
-        if len(gates) != 2:
-            raise UserError(
-                f"--force-gates {arguments.force_gates}: two numbers are expected, for example 1,0"
-            )
-    routed: Any = load_routed(arguments.run_dir)
+@_command("Measure", "study miniature --seeds 0,1 --dry-run")
+def study(
+    study: Annotated[str, Argument(help=f"A YAML file, or one of {', '.join(shipped_studies())}.")],
+    overrides: Overrides = None,
+    address: Address = None,
+    run_dir: Annotated[Text, _option("DIR", "As for run.", "runs/study-NAME")] = None,
+    seeds: Annotated[Text, _option("N,N", "Seeds.", "the study's")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train many models with several seeds: one table of answers and one report."""
+    from .study import run as job
+
+    chosen = _numbers("--seeds", seeds, int, "0,1,2") if seeds else None
+    job.study(study, overrides or [], address=address, run_dir=run_dir, seeds=chosen, dry=dry_run)
+
+
+@_command("Use", 'generate runs/mine --prompt "How do I sharpen a knife?"')
+def generate(
+    run_dir: Annotated[str, Argument(help="A run directory with a router.")],
+    prompt: Annotated[str, Option(help="One user message.")],
+    force_gates: Annotated[
+        Text, _option("S,H", "Constant weights of both experts.", "the router's")
+    ] = None,
+    max_new_tokens: Annotated[int, _option("N", "Longest answer, in tokens.")] = 256,
+) -> None:
+    """Print an answer of the aligned model, and the gates that made it."""
+    gates = _numbers("--force-gates", force_gates, float, "1,0") if force_gates else []
+    if gates and len(gates) != 2:
+        raise UserError(f"--force-gates {force_gates}: two numbers are expected, such as 1,0")
+    routed: Any = load_routed(run_dir)
     with routed.force_gates(*gates) if gates else nullcontext():
-        print(routed.answer(arguments.prompt, max_new_tokens=arguments.max_new_tokens))
-        decision = routed.routing([arguments.prompt])[0]
+        print(routed.answer(prompt, max_new_tokens=max_new_tokens))
+        decision = routed.routing([prompt])[0]
     print(f"gates: safety {decision['safety']:.3f}, helpfulness {decision['helpfulness']:.3f}")
 
 
-def _doctor(arguments: argparse.Namespace) -> None:
-    from .doctor import examine
+def _numbers(option: str, text: str, kind: type, example: str) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} {text}: numbers are expected, such as {example}") from None
 
-    print(examine(arguments.address))
+
+@_command("Cluster", "submit miniature --cluster cluster.yaml --follow")
+def submit(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    name: Annotated[Text, _option(None, "Name of the run.", "the recipe's")] = None,
+    run_dir: Annotated[Text, _option("DIR", "As for run.", "/mnt/midpo/runs/NAME")] = None,
+    shared: Annotated[Text, _option("DIR", "A folder that every node reaches.", "detected")] = None,
+    follow: Annotated[bool, Option("--follow", help="Print the log until the job ends.")] = False,
+    cluster: ClusterFile = None,
+    address: JobAddress = None,
+    insecure: Insecure = False,
+) -> None:
+    """Run a recipe as a job on a cluster that is up."""
+    from . import jobs
+
+    job = jobs.prepare(recipe, overrides or [], name, run_dir, shared)
+    with jobs.connect(cluster, address, insecure) as api:
+        api.submit(job)
+        where = f"--cluster {cluster}" if cluster else f"--address {address}"
+        for command in ("logs --follow", "stop", "fetch"):
+            verb, _, flag = command.partition(" ")
+            print(f"  midpo {verb} {job.name} {where} {flag}".rstrip())
+        if follow:
+            api.logs(job.id, follow=True)
 
 
-def _cluster_check(arguments: argparse.Namespace) -> None:
-    from .cluster.check import check
+@_command("Cluster", "status --cluster cluster.yaml")
+def status(
+    run: Annotated[
+        Text, Argument(help="Name of a run, or id of a job.", show_default="all")
+    ] = None,
+    cluster: ClusterFile = None,
+    address: JobAddress = None,
+    insecure: Insecure = False,
+) -> None:
+    """Print the jobs of a cluster, or the newest of a run."""
+    from . import jobs
 
-    faults = check(
-        Path(arguments.file), load_config(arguments.recipe) if arguments.recipe else None
-    )
+    with jobs.connect(cluster, address, insecure) as api:
+        api.status(run)
+
+
+@_command("Cluster", "logs miniature --follow --cluster cluster.yaml")
+def logs(
+    run: RunName,
+    follow: Annotated[bool, Option("--follow", help="Print until the job ends.")] = False,
+    cluster: ClusterFile = None,
+    address: JobAddress = None,
+    insecure: Insecure = False,
+) -> None:
+    """Print the log of a run's job."""
+    from . import jobs
+
+    with jobs.connect(cluster, address, insecure) as api:
+        api.logs(run, follow)
+
+
+@_command("Cluster", "stop miniature --cluster cluster.yaml")
+def stop(
+    run: RunName,
+    cluster: ClusterFile = None,
+    address: JobAddress = None,
+    insecure: Insecure = False,
+) -> None:
+    """Stop a run's job after a checkpoint; the same submit resumes it."""
+    from . import jobs
+
+    with jobs.connect(cluster, address, insecure) as api:
+        api.stop(run)
+
+
+@_command("Cluster", "fetch miniature --cluster cluster.yaml --to runs/miniature")
+def fetch(
+    run: Annotated[str, Argument(help="Name of a run, id of a job, or a run directory.")],
+    to: Annotated[Text, _option("DIR", "Target folder.", "runs/NAME")] = None,
+    cluster: ClusterFile = None,
+    address: JobAddress = None,
+    insecure: Insecure = False,
+) -> None:
+    """Copy a run's adapters, router and report to this machine."""
+    from . import jobs
+
+    run_dir, name = run, run.rstrip("/").rpartition("/")[2]
+    if "/" not in run:
+        with jobs.connect(cluster, address, insecure) as api:
+            found = api.newest(run).metadata
+            run_dir, name = found["run_dir"], found["name"]
+    jobs.fetch(run_dir, Path(to or f"runs/{name}"), cluster)
+
+
+@_command("Cluster", "cluster check cluster.yaml --recipe alpaca-7b", group=cluster_app)
+def check(
+    file: Annotated[str, Argument(help="A cluster file: `ray up` YAML or Kubernetes manifest.")],
+    recipe: Annotated[
+        Text, _option(None, "Also check that it offers this recipe's groups.", "none")
+    ] = None,
+) -> None:
+    """Check a cluster file, offline."""
+    from .cluster.check import check as faults_of
+
+    faults = faults_of(Path(file), load_config(recipe) if recipe else None)
+    for fault in faults[:-1]:
+        print(fault, file=sys.stderr)
     if faults:
-        print("\n".join(faults[:-1]), file=sys.stderr, end="\n" if faults[:-1] else "")
         raise UserError(faults[-1])
-    print(f"{arguments.file}: sound")
+    print(f"{file}: sound")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a job's log is read while it is written
+    words = list(sys.argv[1:] if argv is None else argv)
+    words.sort(key=lambda word: word not in ("-v", "--verbose", "-q", "--quiet"))  # anywhere
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("midpo", words) as context:
+            command.invoke(context)
+    except typer.Exit as end:
+        return end.exit_code
+    except BrokenPipeError:
+        return 0
+    except (UserError, OSError, typer.TyperException) as error:
+        message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+        print(f"midpo: {' '.join(message.split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("midpo: interrupted; the same command resumes", file=sys.stderr)
+        return 130
+    return 0
 
 
 if __name__ == "__main__":

@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
+from midpo_ray import cli
+from midpo_ray.cli import main, report_folder
 from midpo_ray.logs import set_up_logging
 
 ROOT = Path(__file__).parent.parent
@@ -82,3 +85,126 @@ def test_a_function_of_the_working_directory_is_found_last(tmp_path):
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+PANELS = {
+    "Prepare": {"inspect", "doctor", "config"},
+    "Train": {"run", "tune", "reward"},
+    "Measure": {"evaluate", "study"},
+    "Use": {"generate"},
+    "Cluster": {"submit", "status", "logs", "stop", "fetch", "cluster"},
+}
+GROUP = typer.main.get_command(cli.app)
+COMMANDS = {name: c for name, c in GROUP.commands.items() if name != "cluster"}
+COMMANDS["cluster check"] = GROUP.commands["cluster"].commands["check"]
+
+
+def test_commands_are_grouped() -> None:
+    panels: dict[str, set[str]] = {}
+    for name, command in GROUP.commands.items():
+        panels.setdefault(command.rich_help_panel, set()).add(name)
+    assert panels == PANELS
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_explains_itself(name: str, capsys, monkeypatch) -> None:
+    """Every argument has help and a default, and there is an example."""
+    monkeypatch.setenv("COLUMNS", "400")
+    command = COMMANDS[name]
+    assert f"midpo {name}" in command.epilog
+    for parameter in command.params:
+        assert parameter.help, parameter.name
+        described = isinstance(parameter.show_default, str)
+        assert parameter.required or described or parameter.default is not None, parameter.name
+    assert main([*name.split(), "--help"]) == 0
+    out = capsys.readouterr().out
+    assert f"midpo {name}" in out
+    for parameter in command.params:
+        if isinstance(parameter.show_default, str):
+            assert parameter.show_default in out
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_is_fast_and_light(name: str) -> None:
+    """At most 0.6 s of CPU, without the heavy packages."""
+    code = (
+        "import sys, time\n"
+        "from midpo_ray.cli import main\n"
+        f"assert main({[*name.split(), '--help']}) == 0\n"
+        "heavy = {'torch', 'ray', 'transformers', 'datasets', 'pandas', 'scipy', 'matplotlib'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "assert time.process_time() < 0.6, time.process_time()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "known"),
+    [
+        (["runn", "miniature"], "'run'"),
+        (["run", "miniature", "--dryrun"], "--dry-run"),
+        (["run"], "recipe"),
+        (["inspect", "x", "--stage", "saftey"], "safety"),
+        (["cluster", "chek", "x"], "'check'"),
+        ([], "command"),
+    ],
+)
+def test_a_mistyped_command_is_one_line(words: list[str], known: str, capsys) -> None:
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert known in error
+
+
+def test_version(capsys) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("midpo_ray ")
+
+
+def test_overrides_stand_anywhere(tmp_path, capsys, loggers) -> None:
+    words = ["seed=3", "--run-dir", str(tmp_path / "run"), "router.prior=0.5", "-q", "--dry-run"]
+    assert main(["run", "miniature", *words, "lora.r=4"]) == 0
+    out = capsys.readouterr().out
+    for line in ("\nseed: 3\n", "  prior: 0.5\n", "  r: 4\n"):
+        assert line in out
+    assert loggers.level == logging.WARNING
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_of_several_words(monkeypatch) -> None:
+    seen: dict[str, object] = {}
+    monkeypatch.setattr(
+        "midpo_ray.evaluation.evaluate.make_plan",
+        lambda what, sets, **more: seen.update(what=what, sets=sets, **more) or exit(),
+    )
+    words = ["evaluate", "a", "b", "--sets", "s", "t", "--seeds", "2", "--sets", "u"]
+    words += ["--judges", "cost=c", "m:f", "--against", "base", "--tasks", "x,y", "z"]
+    with pytest.raises(SystemExit):
+        main(words)
+    assert seen["what"] == ["a", "b"]
+    assert seen["sets"] == ["s", "t", "u"]
+    assert seen["judges"] == ["cost=c", "m:f"]
+    assert seen["tasks"] == ["x", "y", "z"]
+    assert (seen["against"], seen["seeds"]) == ("base", 2)
+
+
+def test_report_folders_differ() -> None:
+    """A dot in the name of a run is not the beginning of a file's ending (D18)."""
+    assert report_folder("runs/exp-0.1", ["xstest"]) == "reports/exp-0.1-xstest"
+    assert report_folder("runs/exp-0.5", ["xstest"]) == "reports/exp-0.5-xstest"
+    assert (
+        report_folder("runs/a:safety", ["few.jsonl.gz", "v1.2.csv"]) == "reports/a-safety-few-v1.2"
+    )
+
+
+def test_config_prints_keys(capsys) -> None:
+    assert main(["config", "miniature", "experts.safety.objective.beta"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("experts.safety.objective.beta = 1.0")
+    assert "> 0" in out
+    assert "0.1" in out  # the default
+    assert main(["config"]) == 0
+    assert "deepspeed.stage" in capsys.readouterr().out
+    assert main(["config", "miniature", "experts.safety.objective.bta"]) == 2
+    assert "experts.safety.objective.beta" in capsys.readouterr().err

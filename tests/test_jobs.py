@@ -14,6 +14,7 @@ from midpo_ray import jobs
 from midpo_ray.cli import main
 from midpo_ray.config import load_config
 from midpo_ray.errors import UserError
+from midpo_ray.jobs import access, checks
 from midpo_ray.pipeline.manifest import Manifest
 from midpo_ray.storage import Storage
 
@@ -138,7 +139,7 @@ def test_the_package_is_the_recipe_alone(server):
     fake = server()
     assert submit(fake, "seed=7", "--name", "mine") == 0
     (job,) = fake.jobs.values()
-    assert job["submission_id"] == f"{jobs.run_id('mine', '/mnt/midpo/runs/mine')}-1"
+    assert job["submission_id"] == f"{jobs.prepare('miniature', [], 'mine').id}-1"
     assert job["entrypoint"] == "midpo run run.yaml --address auto --run-dir /mnt/midpo/runs/mine"
     (content,) = fake.packages.values()
     assert len(content) < 4096
@@ -148,12 +149,51 @@ def test_the_package_is_the_recipe_alone(server):
     assert b"seed: 7" in recipe.read()
 
 
-def test_a_scorer_module_beside_the_recipe_goes_along(tmp_path):
+def test_scorer_modules_beside_the_recipe_go_along(tmp_path, caplog):
+    """A file, or the whole package of a module in one (D19)."""
     (tmp_path / "judge.py").write_text("def score(prompts, responses): ...\n")
-    config = load_config("miniature", ["scores.reward.function=judge:score"])
+    (tmp_path / "judges").mkdir()
+    (tmp_path / "judges/__init__.py").write_text("")
+    (tmp_path / "judges/safety.py").write_text("from .words import WORDS\n")
+    (tmp_path / "judges/words.py").write_text("WORDS = ()\n")
+    overrides = ["scores.reward.function=judge:score", "scores.cost.function=judges.safety:score"]
     (tmp_path / "package").mkdir()
-    jobs.package(config, tmp_path / "package")
-    assert sorted(p.name for p in (tmp_path / "package").iterdir()) == ["judge.py", "run.yaml"]
+    checks.package(load_config("miniature", overrides), tmp_path / "package")
+    assert sorted(
+        str(p.relative_to(tmp_path / "package")) for p in tmp_path.rglob("package/**/*.*")
+    ) == [
+        "judge.py",
+        "judges/__init__.py",
+        "judges/safety.py",
+        "judges/words.py",
+        "run.yaml",
+    ]
+    assert not caplog.records
+    with pytest.raises(UserError, match=r"scores\.cost\.function nowhere\.at:all"):
+        checks.package(
+            load_config("miniature", ["scores.cost.function=nowhere.at:all"]), tmp_path / "package"
+        )
+    checks.package(load_config("miniature", ["scores.cost.function=json:loads"]), tmp_path)
+    assert "json" in caplog.text  # a module that is installed here must be on the nodes, too
+
+
+def test_a_home_that_nodes_reach(tmp_path, home, monkeypatch):
+    """A home on a network file system, or in a folder that the user calls shared (D19)."""
+    (home / "data").mkdir(parents=True)
+    (home / "data/pairs.jsonl").write_text("")
+    recipe = ("miniature", [f"data.sets.0.path={home}/data/pairs.jsonl"], None, f"{home}/runs/x")
+    with pytest.raises(UserError, match=r"--run-dir .*--shared"):
+        jobs.prepare(*recipe)
+    assert jobs.prepare(*recipe, shared=str(home)).run_dir == f"{home}/runs/x"
+    with pytest.raises(UserError, match=r"data\.sets\.0\.path .* does not exist"):
+        jobs.prepare("miniature", [f"data.sets.0.path={home}/no"], shared=str(home))
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"/dev/sda / ext4 rw 0 0\nserver:/home {home} nfs4 rw 0 0\n")
+    monkeypatch.setattr(checks, "_MOUNTS", mounts)
+    assert jobs.prepare(*recipe).name == "miniature"
+    mounts.write_text(f"/dev/sda / ext4 rw 0 0\n/dev/sdb {home} xfs rw 0 0\n")
+    with pytest.raises(UserError, match="--run-dir"):
+        jobs.prepare(*recipe)
 
 
 def test_submitting_twice_attaches(server, capsys):
@@ -162,10 +202,10 @@ def test_submitting_twice_attaches(server, capsys):
     assert submit(fake) == 0
     assert len(fake.jobs) == 1
     out = capsys.readouterr().out
-    assert "is running already: attached" in out
+    assert "attached" in out
     assert f"midpo fetch miniature --address {fake.url}" in out
     assert submit(fake, "seed=7") == 2
-    assert "runs with another configuration" in capsys.readouterr().err
+    assert "another configuration" in capsys.readouterr().err
     next(iter(fake.jobs.values()))["status"] = "FAILED"
     assert submit(fake) == 0
     assert len(fake.jobs) == 2
@@ -179,17 +219,17 @@ def test_status_logs_stop(server, capsys):
     assert main(["status", *at]) == 0
     assert main(["logs", "miniature", *at]) == 0
     out = capsys.readouterr().out
-    assert "-1: stopped, started" in out
+    assert "-1: stopped" in out
     assert "one\ntwo\n" in out
     assert main(["logs", "miniature", "--follow", *at]) == 2  # it did not succeed
     assert main(["logs", "other", *at]) == 2
-    assert "other: no such run on this cluster; there are: miniature" in capsys.readouterr().err
+    assert "other: no such run on this cluster" in capsys.readouterr().err
 
 
 def test_the_token_comes_from_its_file(server, home, capsys):
     fake = server(TOKEN)
     assert submit(fake) == 2
-    assert "asks for a token, and there is none in" in capsys.readouterr().err
+    assert "asks for a token" in capsys.readouterr().err
     keep_token(home, "f" * 64)
     assert submit(fake) == 2
     assert "refuses the token in" in capsys.readouterr().err
@@ -201,7 +241,7 @@ def test_the_token_comes_from_its_file(server, home, capsys):
 
 
 def test_an_open_job_api_that_others_reach_is_refused(server, home, monkeypatch, capsys):
-    monkeypatch.setattr(jobs, "loopback", lambda url: False)  # as if it were another machine's
+    monkeypatch.setattr(access, "loopback", lambda url: False)  # as if it were another machine's
     keep_token(home)
     fake = server()
     assert submit(fake) == 2
@@ -213,11 +253,11 @@ def test_an_open_job_api_that_others_reach_is_refused(server, home, monkeypatch,
 
 def test_loopback():
     assert all(
-        map(jobs.loopback, ("http://127.0.0.1:8265", "http://localhost:1", "http://[::1]:8265"))
+        map(access.loopback, ("http://127.0.0.1:8265", "http://localhost:1", "http://[::1]:8265"))
     )
     assert not any(
         map(
-            jobs.loopback,
+            access.loopback,
             ("http://10.0.0.1:8265", "http://head:8265", "http://127.0.0.1.example.org"),
         )
     )
@@ -227,13 +267,13 @@ def test_loopback():
     ("override", "said"),
     [
         ("model.path=./model", "model.path ./model: is relative to a folder of this machine"),
-        ("model.path=~/model", "lies in this machine's own folders"),
+        ("model.path=~/model", "own disk"),
         (
             "data.sets.0.path=pairs.jsonl",
             "data.sets.0.path pairs.jsonl: is relative to a folder of this machine",
         ),
-        ("data.sets.0.path=/tmp/pairs.jsonl", "lies in this machine's own folders"),
-        ("data.sets.0.path=/etc/hostname", "lies on this machine's own disk"),
+        ("data.sets.0.path=/tmp/pairs.jsonl", "own disk"),
+        ("data.sets.0.path=/etc/hostname", "own disk"),
         (
             "scores.reward={model: scorers/mine/final}",
             "scores.reward.model scorers/mine/final: is relative",
@@ -261,13 +301,13 @@ def test_paths_that_nodes_see(tmp_path):
         "s3://bucket/model",
         "/mnt/midpo-elsewhere/pairs.jsonl",
     ):
-        assert jobs.unseen(path, "/mnt/midpo-elsewhere/runs/x") is None
-    assert jobs.unseen(str(tmp_path / "no"), "s3://bucket/run") is not None
+        assert checks.unseen(path, "/mnt/midpo-elsewhere/runs/x") is None
+    assert checks.unseen(str(tmp_path / "no"), "s3://bucket/run") is not None
     assert (
-        jobs.unseen("/proc/self/nothing", "/proc/self/runs") == "is not there"
+        checks.unseen("/proc/self/nothing", "/proc/self/runs") == "does not exist"
     )  # the shared folder is here, the file is not
     with pytest.raises(UserError, match="--run-dir runs/x: is relative"):
-        jobs.load("miniature", [], None, "runs/x")
+        jobs.prepare("miniature", [], None, "runs/x")
 
 
 def test_one_of_cluster_and_address(tmp_path, capsys):
@@ -296,4 +336,4 @@ def test_fetch_copies_and_holds_to_the_hashes(tmp_path, capsys):
     ]
     run.write("experts/safety/adapter_model.safetensors", b"other")
     assert main(["fetch", run.uri, "--to", str(tmp_path / "again")]) == 2
-    assert "is not the file that the run wrote" in capsys.readouterr().err
+    assert "adapter_model.safetensors" in capsys.readouterr().err
