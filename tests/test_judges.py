@@ -214,6 +214,9 @@ class Server:
                 with lock:
                     seen.append((self.path, self.headers.get("Authorization"), body))
                     given = reply(body["messages"][0]["content"], len(seen))
+                if given == "die":
+                    self.connection.close()
+                    return
                 status, content, headers = given if isinstance(given, tuple) else (200, given, {})
                 if isinstance(content, str):
                     content = {"choices": [{"message": {"content": content}}]}
@@ -373,6 +376,16 @@ def test_a_busy_endpoint_is_asked_again_when_it_says(tmp_path, serve):
     assert judged(spec, [("p", "a")], tmp_path / "cache") == [{"refused": True}]
     assert len(server.seen) == 3
     assert time.monotonic() - started > 1
+
+
+def test_a_lost_connection_ends_nothing_else(tmp_path, serve, monkeypatch):
+    monkeypatch.setattr(endpoint, "_RETRIES", 1)
+    server = serve(lambda question, number: "die" if "|bad|" in question else "yes")
+    judge = load_judge(settings(tmp_path, url=server.url, model="m"))
+    rows = [{"key": p, "messages": [("user", f"|{p}|")], "response": ""} for p in ("good", "bad")]
+    folders = {"verdict": Storage(tmp_path / "cache")}
+    found = cached_map(judge.job, rows, folders, IN_PROCESS)["verdict"]
+    assert found == {"good": {"refused": True}}
 
 
 def test_an_endpoint_without_structured_output(tmp_path, serve):

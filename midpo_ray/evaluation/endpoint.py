@@ -93,16 +93,20 @@ class Endpoint:
         )
         self._errors = openai
         self._structured = True
+        self._unreachable = ""  # the last lost connection
         self._reported: set[str] = set()
 
     def __call__(self, rows: Sequence[CacheRow]) -> list[dict[str, Values]]:
         """One verdict per row; none, to be asked for again, where the endpoint failed.
 
         Raises:
-            UserError: the endpoint does not answer, or not at this address or with this key.
+            UserError: the endpoint does not answer at all, or not with this address or key.
         """
         with ThreadPoolExecutor(self._settings.threads) as pool:
-            return list(pool.map(self._verdict, rows))
+            verdicts = list(pool.map(self._verdict, rows))
+        if self._unreachable and not any(verdicts):
+            raise UserError(f"judge {self._settings.url}: does not answer ({self._unreachable})")
+        return verdicts
 
     def _verdict(self, row: CacheRow) -> dict[str, Values]:
         url, column = self._settings.url, self._settings.column
@@ -116,20 +120,23 @@ class Endpoint:
         except self._errors.APITimeoutError:
             return self._failed(f"no reply within {self._settings.timeout:g} s")
         except self._errors.APIConnectionError as error:
-            raise UserError(f"judge {url}: does not answer ({error.__cause__ or error})") from None
+            self._unreachable = str(error.__cause__ or error)
+            return self._failed(self._unreachable)
         except self._errors.APIStatusError as error:
             if not (400 <= error.status_code < 500 and _FILTERED.search(error.response.text)):
-                return self._failed(f"HTTP {error.status_code}")
+                return self._failed(f"HTTP {error.status_code}", error.response.text)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             return self._failed("not a chat completion")
         if value is None:
             return {"verdict": {column: None, f"{column}_missing": reason}}
         return {"verdict": {column: value}}
 
-    def _failed(self, reason: str) -> dict[str, Values]:
+    def _failed(self, reason: str, detail: str = "") -> dict[str, Values]:
+        """No verdict, which is not cached; each reason is logged once."""
         if reason not in self._reported:
             self._reported.add(reason)
-            log.warning("judge %s: no verdict on some answers (%s)", self._settings.url, reason)
+            shown = " ".join(f"{reason} {detail}".split())[:300]
+            log.warning("judge %s: no verdict on some answers (%s)", self._settings.url, shown)
         return {}
 
     def _question(self, row: CacheRow) -> str:
@@ -160,8 +167,8 @@ class Endpoint:
         try:
             raw = self._client.chat.completions.with_raw_response.create(**options)
         except self._errors.BadRequestError as error:
-            text = error.response.text
-            if "response_format" not in options or "response_format" not in text:
+            unknown = re.search("response_format|json_schema", error.response.text)
+            if "response_format" not in options or not unknown:
                 raise
             self._structured = False  # an older server: the question alone asks for JSON
             return self._reply(question)
