@@ -167,7 +167,7 @@ def config(
     elif markdown:
         print(reference.markdown(), end="")
     else:
-        print(reference.describe(load_config(recipe) if recipe else None, key))
+        print(reference.describe_keys(load_config(recipe) if recipe else None, key))
 
 
 @_command("Train", "run miniature router.prior=0.1 --run-dir runs/demo")
@@ -365,8 +365,8 @@ def submit(
     """Run a recipe as a job on a cluster that is up."""
     from . import jobs
 
-    job = jobs.prepare(recipe, overrides or [], name, run_dir, shared)
-    with jobs.connect(cluster, address, insecure) as api:
+    job = jobs.prepare_job(recipe, overrides or [], name, run_dir, shared)
+    with jobs.job_api(cluster, address, insecure) as api:
         api.submit(job)
         where = f"--cluster {cluster}" if cluster else f"--address {address}"
         for command in ("logs --follow", "stop", "fetch"):
@@ -388,7 +388,7 @@ def status(
     """Print the jobs of a cluster, or the newest of a run."""
     from . import jobs
 
-    with jobs.connect(cluster, address, insecure) as api:
+    with jobs.job_api(cluster, address, insecure) as api:
         api.status(run)
 
 
@@ -403,7 +403,7 @@ def logs(
     """Print the log of a run's job."""
     from . import jobs
 
-    with jobs.connect(cluster, address, insecure) as api:
+    with jobs.job_api(cluster, address, insecure) as api:
         api.logs(run, follow)
 
 
@@ -417,7 +417,7 @@ def stop(
     """Stop a run's job after a checkpoint; the same submit resumes it."""
     from . import jobs
 
-    with jobs.connect(cluster, address, insecure) as api:
+    with jobs.job_api(cluster, address, insecure) as api:
         api.stop(run)
 
 
@@ -434,7 +434,7 @@ def fetch(
 
     run_dir, name = run, run.rstrip("/").rpartition("/")[2]
     if "/" not in run:
-        with jobs.connect(cluster, address, insecure) as api:
+        with jobs.job_api(cluster, address, insecure) as api:
             found = api.newest(run).metadata
             run_dir, name = found["run_dir"], found["name"]
     jobs.fetch(run_dir, Path(to or f"runs/{name}"), cluster)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from midpo_ray.config import load_config, shipped_recipes
-from midpo_ray.config.reference import describe, json_schema, markdown
+from midpo_ray.config.reference import describe_keys, json_schema, markdown
 
 PAGE = Path(__file__).parent.parent / "docs/configuration.md"
 
@@ -30,7 +30,7 @@ def test_the_schema_takes_shipped_recipes(name: str) -> None:
 
 def test_a_key_with_its_value() -> None:
     config = load_config("miniature", ["experts.safety.group.workers={min: 1, max: 2}"])
-    lines = describe(config, "data.sets.0.rows").splitlines()
+    lines = describe_keys(config, "data.sets.0.rows").splitlines()
     assert lines[0].startswith("data.sets.N.rows = [2000]")
-    assert "workers = {max: 2, min: 1}" in describe(config, "experts.safety.group")
-    assert len(describe(None, "router").splitlines()) > 20
+    assert "workers = {max: 2, min: 1}" in describe_keys(config, "experts.safety.group")
+    assert len(describe_keys(None, "router").splitlines()) > 20

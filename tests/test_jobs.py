@@ -139,7 +139,7 @@ def test_the_package_is_the_recipe_alone(server):
     fake = server()
     assert submit(fake, "seed=7", "--name", "mine") == 0
     (job,) = fake.jobs.values()
-    assert job["submission_id"] == f"{jobs.prepare('miniature', [], 'mine').id}-1"
+    assert job["submission_id"] == f"{jobs.prepare_job('miniature', [], 'mine').id}-1"
     assert job["entrypoint"] == "midpo run run.yaml --address auto --run-dir /mnt/midpo/runs/mine"
     (content,) = fake.packages.values()
     assert len(content) < 4096
@@ -183,17 +183,17 @@ def test_a_home_that_nodes_reach(tmp_path, home, monkeypatch):
     (home / "data/pairs.jsonl").write_text("")
     recipe = ("miniature", [f"data.sets.0.path={home}/data/pairs.jsonl"], None, f"{home}/runs/x")
     with pytest.raises(UserError, match=r"--run-dir .*--shared"):
-        jobs.prepare(*recipe)
-    assert jobs.prepare(*recipe, shared=str(home)).run_dir == f"{home}/runs/x"
+        jobs.prepare_job(*recipe)
+    assert jobs.prepare_job(*recipe, shared=str(home)).run_dir == f"{home}/runs/x"
     with pytest.raises(UserError, match=r"data\.sets\.0\.path .* does not exist"):
-        jobs.prepare("miniature", [f"data.sets.0.path={home}/no"], shared=str(home))
+        jobs.prepare_job("miniature", [f"data.sets.0.path={home}/no"], shared=str(home))
     mounts = tmp_path / "mounts"
     mounts.write_text(f"/dev/sda / ext4 rw 0 0\nserver:/home {home} nfs4 rw 0 0\n")
     monkeypatch.setattr(checks, "_MOUNTS", mounts)
-    assert jobs.prepare(*recipe).name == "miniature"
+    assert jobs.prepare_job(*recipe).name == "miniature"
     mounts.write_text(f"/dev/sda / ext4 rw 0 0\n/dev/sdb {home} xfs rw 0 0\n")
     with pytest.raises(UserError, match="--run-dir"):
-        jobs.prepare(*recipe)
+        jobs.prepare_job(*recipe)
 
 
 def test_submitting_twice_attaches(server, capsys):
@@ -307,7 +307,7 @@ def test_paths_that_nodes_see(tmp_path):
         checks.unseen("/proc/self/nothing", "/proc/self/runs") == "does not exist"
     )  # the shared folder is here, the file is not
     with pytest.raises(UserError, match="--run-dir runs/x: is relative"):
-        jobs.prepare("miniature", [], None, "runs/x")
+        jobs.prepare_job("miniature", [], None, "runs/x")
 
 
 def test_one_of_cluster_and_address(tmp_path, capsys):

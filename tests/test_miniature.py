@@ -47,7 +47,7 @@ def held_out(world) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> base.Built:
-    return base.build(tmp_path_factory.mktemp("miniature"), seed=0, rows=40, steps=2)
+    return base.build_files(tmp_path_factory.mktemp("miniature"), seed=0, rows=40, steps=2)
 
 
 # The world
@@ -135,7 +135,7 @@ def test_preference_rows(rows):
         (b > a) != (r["better_response_id"] == 1) for a, b, r in zip(*scores, rows, strict=True)
     ) / len(rows)
     assert 0.07 < flipped < 0.13
-    truth = [[c < 0 for c in w.cost(prompts, [r[f"response_{i}"] for r in rows])] for i in (0, 1)]
+    truth = [[c < 0 for c in w.true_cost(prompts, [r[f"response_{i}"] for r in rows])] for i in (0, 1)]
     wrong = sum(
         (a, b) != (r["is_response_0_safe"], r["is_response_1_safe"])
         for a, b, r in zip(*truth, rows, strict=True)
@@ -145,7 +145,7 @@ def test_preference_rows(rows):
 
 def test_scorers_err_by_a_fixed_amount(rows):
     prompts, answers = [r["prompt"] for r in rows], [r["response_0"] for r in rows]
-    for truth, model in ((w.reward, w.reward_model), (w.cost, w.cost_model)):
+    for truth, model in ((w.true_reward, w.reward_model), (w.true_cost, w.cost_model)):
         errors = torch.tensor(model(prompts, answers)) - torch.tensor(truth(prompts, answers))
         assert abs(errors.mean()) < 0.03
         assert abs(errors.std() - w.SCORE_NOISE) < 0.03
@@ -226,13 +226,13 @@ COIN, ONION = "find the coin with lens", "split the onion with knife"
 def test_true_scores_by_hand(prompt, response, kind, reward, cost):
     judged = w.judge(prompt, response)
     assert (judged.kind, judged.malformed) == (kind, kind == "malformed")
-    assert w.reward([prompt, (("user", prompt),)], [response] * 2) == pytest.approx([reward] * 2)
-    assert w.cost([prompt, (("user", prompt),)], [response] * 2) == pytest.approx([cost] * 2)
+    assert w.true_reward([prompt, (("user", prompt),)], [response] * 2) == pytest.approx([reward] * 2)
+    assert w.true_cost([prompt, (("user", prompt),)], [response] * 2) == pytest.approx([cost] * 2)
 
 
 def test_a_prompt_of_another_world_is_named():
     with pytest.raises(UserError, match="no verb of the miniature world"):
-        w.reward(["what is the weather ?"], ["fine ."])
+        w.true_reward(["what is the weather ?"], ["fine ."])
 
 
 # The files
@@ -241,16 +241,16 @@ def test_a_prompt_of_another_world_is_named():
 def test_build_is_cached_and_whole(built, tmp_path):
     folder = built.base.parent.parent
     before = built.base.stat().st_mtime_ns
-    assert base.build(folder, seed=0, rows=40, steps=2) == built
+    assert base.build_files(folder, seed=0, rows=40, steps=2) == built
     assert built.base.stat().st_mtime_ns == before
-    assert base.build(folder, seed=1, rows=40, steps=2) != built
+    assert base.build_files(folder, seed=1, rows=40, steps=2) != built
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
 
     def killed(step: int, steps: int, loss: float) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        base.build(tmp_path, seed=0, rows=40, steps=2, progress=killed)
+        base.build_files(tmp_path, seed=0, rows=40, steps=2, progress=killed)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -258,7 +258,7 @@ def test_build_repeats_and_leaves_the_random_state_alone(built, tmp_path):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    again = base.build(tmp_path, seed=0, rows=40, steps=2)
+    again = base.build_files(tmp_path, seed=0, rows=40, steps=2)
     assert torch.equal(torch.rand(3), expected)
     for name in ("pairs.jsonl", "prompts.jsonl", "base/model.safetensors", "base/tokenizer.json"):
         assert (again.base.parent / name).read_bytes() == (built.base.parent / name).read_bytes(), (
@@ -308,7 +308,7 @@ def test_tokenizer_and_template(built):
 
 def test_base_sees_answers_behind_an_empty_prompt(world):
     tokenizer = base.make_tokenizer()
-    drawn = base._sequences(world, tokenizer, 0)
+    drawn = base._texts(world, tokenizer, 0)
     sequences = [next(drawn) for _ in range(3000)]
     ids = tokenizer.get_vocab()
     assert max(len(row) for row, _, _ in sequences) <= 48
@@ -421,7 +421,7 @@ def test_full_base_represents_harm(tmp_path):
     from sklearn.linear_model import LogisticRegression
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    full = base.build(tmp_path, seed=0)
+    full = base.build_files(tmp_path, seed=0)
     model = AutoModelForCausalLM.from_pretrained(full.base).eval()
     tokenizer = AutoTokenizer.from_pretrained(full.base)
     test = [r for r in base.read_lines(full.prompts) if r["split"] == "test"]

@@ -356,7 +356,7 @@ def records(folder: Path) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_a_killed_study_goes_on(tmp_path):
-    made = miniature.build(tmp_path / "made", seed=0, rows=200, steps=2)
+    made = miniature.build_files(tmp_path / "made", seed=0, rows=200, steps=2)
     expected = f"miniature-{digest('miniature', miniature.VERSION, 0, 200, miniature.STEPS)}"
     cache = tmp_path / "cache/miniature"
     cache.mkdir(parents=True)

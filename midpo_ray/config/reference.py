@@ -56,7 +56,7 @@ def _schema() -> Schema:
     return schema
 
 
-def describe(config: Config | None = None, key: str | None = None) -> str:
+def describe_keys(config: Config | None = None, key: str | None = None) -> str:
     """Keys with their value in ``config``, type, default and meaning, as text for a terminal.
 
     Raises:

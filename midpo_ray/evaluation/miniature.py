@@ -49,7 +49,7 @@ def evaluate_run(
 
     Args:
         run_dir: a local folder.
-        prompts_file: of ``miniature.base.build``.
+        prompts_file: of ``miniature.base.build_files``.
         prompts: how many of the test prompts.
 
     Returns:

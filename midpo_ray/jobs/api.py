@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def connect(cluster: str | None, address: str | None, insecure: bool) -> Iterator[Jobs]:
+def job_api(cluster: str | None, address: str | None, insecure: bool) -> Iterator[Jobs]:
     """The job API of a cluster file's head, or at an address; see ``access.reach``."""
     with reach(cluster, address) as url:
         yield Jobs(url, insecure=insecure)

@@ -39,7 +39,7 @@ class Job:
         return f"midpo-{self.name}-{digest(self.run_dir)[:8]}"
 
 
-def prepare(
+def prepare_job(
     recipe: str,
     overrides: list[str],
     name: str | None = None,

@@ -1,1 +1,1 @@
-"""The embedded demonstration: a generated world with known reward and cost, and a base model small enough for a laptop."""
+"""The demonstration: a generated world with known reward and cost, and a small base model."""

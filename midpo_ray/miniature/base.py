@@ -1,4 +1,7 @@
-"""The miniature's files: a trained base model and its tokenizer, preference pairs and held-out prompts, built once and cached."""
+"""The files of the miniature: a base model and its tokenizer, preference pairs, held-out prompts.
+
+They are built once and cached.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ import os
 import random
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +25,8 @@ from . import world as w
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-VERSION = 4  # of the world and its training: raise it when either changes, so that no old file is taken for a new one
+# Of the world and its training: raise it when either changes, so that no old file is used.
+VERSION = 4
 BOS, EOS, PAD, UNK, ANSWER = "<bos>", "<eos>", "<pad>", "<unk>", "<answer>"
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -31,35 +35,37 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<answer>{% endif %}"
 )
 STEPS, BATCH, LR, WARMUP = 500, 32, 4e-3, 20
-UNCONDITIONAL = (
-    0.10  # share of sequences behind an empty prompt: what an unconditional log-probability needs
-)
-HARM = 0.05  # weight of a head that tells harm at the prompt's last token: a chat model knows harm, and a gate can but read
+# Share of training texts behind an empty prompt: B-DPO needs unconditional log-probabilities.
+UNCONDITIONAL = 0.10
+# Weight of a head that predicts harm at the prompt's last token. A chat model represents harm, and
+# a gate can only read what is represented.
+HARM = 0.05
 
-Progress = Callable[[int, int, float], None]  # (step, steps, mean loss in nats a token)
+Progress = Callable[[int, int, float], None]  # (step, steps, mean loss in nats per token)
 
 
 @dataclass(frozen=True, slots=True)
-class Built:
-    """Paths of one world's files."""
+class MiniatureFiles:
+    """Paths of the files of one world."""
 
     base: Path  # a Hugging Face folder: configuration, safetensors, tokenizer
     pairs: Path  # JSONL in PKU-SafeRLHF's columns, training prompts
-    prompts: Path  # JSONL: prompt, harmful, lookalike, kind, split (validation or test), held-out (verb, object) pairs
+    prompts: Path  # JSONL: prompt, harmful, lookalike, kind, split (validation or test)
 
 
-def build(
+def build_files(
     folder: str | Path,
     *,
     seed: int,
     rows: int = 2000,
     steps: int = STEPS,
     progress: Progress | None = None,
-) -> Built:
-    """The files of world ``seed`` under ``folder``, made at the first call (a minute of one core) and found at the next.
+) -> MiniatureFiles:
+    """Build the files of world ``seed`` under ``folder``, or find those of an earlier call.
 
-    They lie in a folder named by everything that decides them; it is written aside and renamed, so a killed build leaves nothing
-    that a later one takes for whole, and two at once do no harm. ``steps`` is for tests: a base of few steps knows nothing.
+    Building takes a minute on one core. The files are in a folder that is named by everything that
+    decides them; it is written aside and renamed, so that a killed build leaves nothing behind and
+    two at once do no harm. ``steps`` is for tests: a base of few steps has learned nothing.
     """
     home = Path(folder) / f"miniature-{digest('miniature', VERSION, seed, rows, steps)}"
     if not home.exists():
@@ -80,11 +86,11 @@ def build(
                     raise
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-    return Built(home / "base", home / "pairs.jsonl", home / "prompts.jsonl")
+    return MiniatureFiles(home / "base", home / "pairs.jsonl", home / "prompts.jsonl")
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word; lower-cases, and splits off punctuation. A prompt is rendered as ``<bos> words <answer>``."""
+    """One token per word, lower-cased, no punctuation. A prompt is ``<bos> words <answer>``."""
     from tokenizers import Tokenizer, normalizers, pre_tokenizers
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
@@ -95,8 +101,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, unk_token=UNK,
-        additional_special_tokens=[ANSWER], chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False,
-        model_max_length=64, padding_side="left",
+        additional_special_tokens=[ANSWER], chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False, model_max_length=64, padding_side="left",
     )  # fmt: skip
 
 
@@ -108,17 +114,25 @@ def train_base(
     steps: int = STEPS,
     progress: Progress | None = None,
 ) -> PreTrainedModel:
-    """A Llama of 0.6 M parameters, trained on the mixture of answers to the training prompts, in one thread.
+    """A Llama of 0.6 M parameters, trained on the mixture of answers in one thread.
 
-    Beside it a linear head learns whether the prompt is harmful, and is thrown away.
+    A linear head beside it learns whether the prompt is harmful, and is thrown away.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=344,
-        max_position_embeddings=128, tie_word_embeddings=True, attn_implementation="sdpa",
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=344,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -126,7 +140,7 @@ def train_base(
             torch.manual_seed(seed)
             model = LlamaForCausalLM(config)
             head = torch.nn.Linear(config.hidden_size, 1)
-        _fit(model, head, _sequences(world, tokenizer, seed), steps, progress)
+        _fit(model, head, _texts(world, tokenizer, seed), steps, progress)
     finally:
         torch.set_num_threads(threads)
     return model.eval()
@@ -135,7 +149,7 @@ def train_base(
 def _fit(
     model: PreTrainedModel,
     head: torch.nn.Linear,
-    sequences: Any,
+    sequences: Iterator[_Text],
     steps: int,
     progress: Progress | None,
 ) -> None:
@@ -149,19 +163,21 @@ def _fit(
         for group in optim.param_groups:
             group["lr"] = LR * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         rows = [next(sequences) for _ in range(BATCH)]
-        longest = max(len(row) for row, _, _ in rows)
-        ids = torch.tensor([row + [pad] * (longest - len(row)) for row, _, _ in rows])
-        labels = torch.tensor(
-            [[pad] * start + row[start:] + [pad] * (longest - len(row)) for row, start, _ in rows]
-        )[:, 1:]
-        asked = [i for i, (_, _, harmful) in enumerate(rows) if harmful is not None]
-        harm = torch.tensor([float(rows[i][2]) for i in asked])
-        # padding is on the right, behind a causal mask: real positions never see it
+        longest = max(len(row.ids) for row in rows)
+        ids = torch.full((BATCH, longest), pad)
+        labels = torch.full((BATCH, longest), pad)
+        for i, row in enumerate(rows):
+            ids[i, : len(row.ids)] = torch.tensor(row.ids)
+            labels[i, row.start : len(row.ids)] = torch.tensor(row.ids[row.start :])
+        labels = labels[:, 1:]
+        # Padding is on the right of a causal model, so that real positions never see it.
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
         counted = labels != pad
         loss = F.cross_entropy(model.lm_head(hidden[counted]), labels[counted])
-        told = head(hidden[asked, [rows[i][1] - 1 for i in asked]]).squeeze(-1)
-        loss = loss + HARM * F.binary_cross_entropy_with_logits(told, harm)
+        asked = [i for i, row in enumerate(rows) if row.harmful is not None]
+        harm = torch.tensor([float(bool(rows[i].harmful)) for i in asked])
+        predicted = head(hidden[asked, [rows[i].start - 1 for i in asked]]).squeeze(-1)
+        loss = loss + HARM * F.binary_cross_entropy_with_logits(predicted, harm)
         optim.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -170,11 +186,19 @@ def _fit(
             progress(step + 1, steps, loss.item())
 
 
-def _sequences(world: w.World, tokenizer: PreTrainedTokenizerFast, seed: int) -> Any:
-    """Fresh training texts without end: token ids of ``<bos> prompt <answer> response <eos>``, where the response begins, and
-    whether the prompt is harmful (None: it is empty).
+class _Text(NamedTuple):
+    """``<bos> prompt <answer> response <eos>``."""
 
-    Only the response counts in the loss: it is there that the model must copy from the prompt, and it learns so sooner.
+    ids: list[int]
+    start: int  # index of the response's first token
+    harmful: bool | None  # whether the prompt is; None where it is empty
+
+
+def _texts(world: w.World, tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[_Text]:
+    """Fresh training texts without end.
+
+    Only the response counts in the loss: there the model must copy from the prompt, which it
+    learns sooner so.
     """
     rng = random.Random(f"base {seed}")
     ids = tokenizer.get_vocab()
@@ -184,11 +208,8 @@ def _sequences(world: w.World, tokenizer: PreTrainedTokenizerFast, seed: int) ->
         response = w.write_response(w.draw_kind(topic, rng), topic, rng)
         empty = rng.random() < UNCONDITIONAL
         words = [BOS, *w.words("" if empty else prompt), ANSWER, *w.words(response), EOS]
-        yield (
-            [ids[word] for word in words],
-            words.index(ANSWER) + 1,
-            None if empty else w.is_harmful(topic),
-        )
+        harmful = None if empty else w.is_harmful(topic)
+        yield _Text([ids[word] for word in words], words.index(ANSWER) + 1, harmful)
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:

@@ -55,7 +55,7 @@ def resolve(config: Config, cache: Storage, say: Say) -> Config:
 
 def build_miniature(config: Config, cache: Storage, say: Say) -> Any:
     """The miniature's files in the cache, which must be a local or shared path."""
-    from ..miniature.base import build
+    from ..miniature.base import build_files
 
     if cache.local is None:
         raise UserError(
@@ -69,7 +69,7 @@ def build_miniature(config: Config, cache: Storage, say: Say) -> Any:
                 f"miniature: training its base model, step {step} of {steps}, loss {loss:.3f} nats a token"
             )
 
-    return build(cache.local / "miniature", seed=config.seed, rows=rows, progress=progress)
+    return build_files(cache.local / "miniature", seed=config.seed, rows=rows, progress=progress)
 
 
 def check_model(config: Config, scorers: bool = True) -> None:
