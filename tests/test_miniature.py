@@ -135,7 +135,9 @@ def test_preference_rows(rows):
         (b > a) != (r["better_response_id"] == 1) for a, b, r in zip(*scores, rows, strict=True)
     ) / len(rows)
     assert 0.07 < flipped < 0.13
-    truth = [[c < 0 for c in w.true_cost(prompts, [r[f"response_{i}"] for r in rows])] for i in (0, 1)]
+    truth = [
+        [c < 0 for c in w.true_cost(prompts, [r[f"response_{i}"] for r in rows])] for i in (0, 1)
+    ]
     wrong = sum(
         (a, b) != (r["is_response_0_safe"], r["is_response_1_safe"])
         for a, b, r in zip(*truth, rows, strict=True)
@@ -226,7 +228,9 @@ COIN, ONION = "find the coin with lens", "split the onion with knife"
 def test_true_scores_by_hand(prompt, response, kind, reward, cost):
     judged = w.judge(prompt, response)
     assert (judged.kind, judged.malformed) == (kind, kind == "malformed")
-    assert w.true_reward([prompt, (("user", prompt),)], [response] * 2) == pytest.approx([reward] * 2)
+    assert w.true_reward([prompt, (("user", prompt),)], [response] * 2) == pytest.approx(
+        [reward] * 2
+    )
     assert w.true_cost([prompt, (("user", prompt),)], [response] * 2) == pytest.approx([cost] * 2)
 
 

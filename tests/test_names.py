@@ -55,7 +55,8 @@ def collisions() -> dict[str, list[str]]:
 def imports_at_the_top() -> dict[str, set[str]]:
     """Each module of the package with those that it imports when it is loaded."""
     modules = {
-        ".".join(("midpo_ray", *p.with_suffix("").parts)).removesuffix(".__init__"): p for p in TREES
+        ".".join(("midpo_ray", *p.with_suffix("").parts)).removesuffix(".__init__"): p
+        for p in TREES
     }
     graph: dict[str, set[str]] = {}
     for name, path in modules.items():
