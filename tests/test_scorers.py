@@ -165,13 +165,13 @@ def test_score_models_that_do_not_fit(score_model, options, kind, message):
     assert "\n" not in str(error.value)
 
 
-def llama_classifier(folder: Path, tokenizer, labels: int = 1, **keys) -> Path:
+def llama_classifier(folder: Path, tokenizer, labels: int = 1, seed: int = 0, **keys) -> Path:
     config = LlamaConfig(
         vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2,
         num_labels=labels, **{"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2, **keys},
     )  # fmt: skip
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         LlamaForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -291,3 +291,22 @@ def test_the_backbone_is_loaded_not_invented(score_model, tiny_llama):
     assert not info["missing_keys"]
     for name, value in tiny_llama().model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_revision_of_a_hub_scorer(tmp_path, monkeypatch, byte_tokenizer):
+    """Two commits of one hub model in the local hub cache: each revision gives its own score."""
+    hub = tmp_path / "models--maker--scorer"
+    expected = {}
+    for revision, seed in (("old", 1), ("new", 2)):
+        commit = str(seed) * 40
+        folder = hub / "snapshots" / commit
+        llama_classifier(folder, byte_tokenizer, seed=seed, pad_token_id=0)
+        (hub / "refs").mkdir(exist_ok=True)
+        (hub / "refs" / revision).write_text(commit)
+        expected[revision] = load_scorer(Scorer(model=str(folder)), "cost")(PROMPTS, RESPONSES)
+    for module in ("huggingface_hub.constants", "huggingface_hub.file_download.constants"):
+        monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path))
+    for revision, scores in expected.items():
+        score = load_scorer(Scorer(model="maker/scorer", revision=revision), "cost")
+        assert score(PROMPTS, RESPONSES) == pytest.approx(scores)
+    assert expected["old"] != expected["new"]

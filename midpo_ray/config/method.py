@@ -39,6 +39,9 @@ class DataSet(Section):
         "builtin:miniature."
     )
     split: str = Field("train", description="Split of a hub data set.")
+    revision: str | None = Field(
+        None, description="Branch, tag or commit of a hub data set; pin a commit to repeat a run."
+    )
     rows: int | None = Field(
         None, gt=0, description="Take this many rows, drawn by the seed; null takes all."
     )
@@ -92,6 +95,10 @@ class Scorer(Section):
     model: str | None = Field(
         None,
         description="A PKU score model, or a sequence classification model with one output.",
+    )
+    revision: str | None = Field(
+        None,
+        description="Branch, tag or commit of a hub score model; pin a commit to repeat a run.",
     )
     column: str | None = Field(
         None,

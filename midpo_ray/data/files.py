@@ -22,7 +22,9 @@ ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
 _SPLITS = {"train", "test", "validation", "valid", "val", "dev", "eval"}
 
 
-def read_rows(path: str, split: str = "train") -> Iterator[tuple[str, Row]]:
+def read_rows(
+    path: str, split: str = "train", revision: str | None = None
+) -> Iterator[tuple[str, Row]]:
     """(source, row) of a file, of a folder's files, or of a set on the hub; source is "FILE:LINE" or "FILE row N".
 
     Raises:
@@ -34,7 +36,7 @@ def read_rows(path: str, split: str = "train") -> Iterator[tuple[str, Row]]:
     elif place.is_file():
         yield from _file(place)
     elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and _ending(place) is None:
-        yield from _hub(path, split)
+        yield from _hub(path, split, revision)
     else:
         raise UserError(f"{path}: no such file")
 
@@ -202,11 +204,11 @@ def _parquet(file: Path, stream: IO[bytes]) -> Iterator[tuple[str, Row]]:
         raise UserError(f"{file}: not a Parquet file ({' '.join(str(error).split())})") from None
 
 
-def _hub(name: str, split: str) -> Iterator[tuple[str, Row]]:
+def _hub(name: str, split: str, revision: str | None) -> Iterator[tuple[str, Row]]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, split=split)
+        rows = datasets.load_dataset(name, split=split, revision=revision)
     except Exception as error:  # the hub's and the library's many errors alike: whatever it is, the set cannot be had
         what = " ".join(str(error).split())[:200]
         raise UserError(

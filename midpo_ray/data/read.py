@@ -91,7 +91,7 @@ def _draw(pairs: list[Pair], count: int, seed: str) -> list[Pair]:
 
 def _read_set(data_set: DataSet, report: ReadReport) -> Iterator[Pair]:
     count = 0
-    for source, row in read_rows(data_set.path, data_set.split):
+    for source, row in read_rows(data_set.path, data_set.split, data_set.revision):
         count += 1
         try:
             pair = _pair(row, source, data_set.labels)

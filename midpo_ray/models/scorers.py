@@ -142,18 +142,26 @@ def encode_chats(
     return ids
 
 
-def describe_scorer(name: str, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """A score model's configuration and tokenizer; UserError where there is none, before a weight is loaded."""
+def describe_scorer(scorer: Scorer) -> tuple[Any, Any]:
+    """A score model's configuration and tokenizer; no weights are loaded.
+
+    Raises:
+        UserError: there is no such model, or it has no tokenizer.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        return config, AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(scorer.model, **_source(scorer))
+        return config, AutoTokenizer.from_pretrained(scorer.model, **_source(scorer))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"scorer {name}: no model with a tokenizer is found there ({reason})"
+            f"scorer {scorer.model}: no model with a tokenizer is found there ({reason})"
         ) from None
+
+
+def _source(scorer: Scorer) -> dict[str, Any]:
+    return {"revision": scorer.revision, "trust_remote_code": scorer.trust_remote_code}
 
 
 class _ModelScorer:
@@ -165,7 +173,7 @@ class _ModelScorer:
         assert scorer.model is not None
         self.name, self.device = scorer.model, device
         self.batch_tokens = batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
-        self.config, self.tokenizer = describe_scorer(scorer.model, scorer.trust_remote_code)
+        self.config, self.tokenizer = describe_scorer(scorer)
         self.max_length = min(scorer.max_length, self.tokenizer.model_max_length)
         architectures = list(self.config.architectures or [])
         dtype = scorer.dtype if scorer.dtype == "auto" else getattr(torch, scorer.dtype)
@@ -208,7 +216,7 @@ class _ModelScorer:
                 config=self.config,
                 dtype=dtype,
                 use_safetensors=True,
-                trust_remote_code=scorer.trust_remote_code,
+                **_source(scorer),
             )
         except OSError as error:
             raise UserError(f"scorer {self.name}: {str(error).strip().splitlines()[0]}") from None
@@ -289,9 +297,9 @@ class ScoreModel(nn.Module):
         options = {
             "dtype": dtype,
             "use_safetensors": True,
-            "trust_remote_code": scorer.trust_remote_code,
+            **_source(scorer),
         }
-        head = _head_tensors(scorer.model)
+        head = _head_tensors(scorer.model, scorer.revision)
         try:
             self.backbone = AutoModel.from_pretrained(scorer.model, config=config, **options)
         except OSError as error:
@@ -334,7 +342,7 @@ class ScoreModel(nn.Module):
         return score
 
 
-def _head_tensors(model: str) -> dict[str, Tensor]:
+def _head_tensors(model: str, revision: str | None) -> dict[str, Tensor]:
     """score_head.* and normalizer.* of a checkpoint, one file or several, local or of the hub's cache. Safetensors only."""
     import json
 
@@ -343,7 +351,10 @@ def _head_tensors(model: str) -> dict[str, Tensor]:
 
     found: dict[str, Tensor] = {}
     index = cached_file(
-        model, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False
+        model,
+        "model.safetensors.index.json",
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
     )
     if index:
         names = json.loads(Path(index).read_text("utf-8"))["weight_map"]
@@ -354,7 +365,9 @@ def _head_tensors(model: str) -> dict[str, Tensor]:
         names = {"model.safetensors"}
     with ExitStack() as files:
         for name in names:
-            path = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+            path = cached_file(
+                model, name, revision=revision, _raise_exceptions_for_missing_entries=False
+            )
             if path is None:
                 raise UserError(
                     f"scorer {model}: {name} is not there; a score model in safetensors is expected, no pickle is read"

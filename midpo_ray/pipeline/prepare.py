@@ -81,7 +81,7 @@ def check_model(config: Config, scorers: bool = True) -> None:
     check_targets(config.model, config.lora)
     for scorer in (config.scores.reward, config.scores.cost) if scorers else ():
         if scorer and scorer.model:
-            describe_scorer(scorer.model, scorer.trust_remote_code)
+            describe_scorer(scorer)
 
 
 def read_and_tokenise(config: Config, say: Say) -> Prepared:
