@@ -9,19 +9,21 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import json
+import logging
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..config import digest
 from ..errors import UserError
-from ..pipeline.cached_map import IN_PROCESS, MapJob, cached_map
+from ..pipeline.cached_map import IN_PROCESS, CacheRow, MapJob, Values, cached_map
 from ..storage import Storage
-from .generate import GenerationOptions, ModelSpec
-from .respond import Responder
+from .generate import GenerationOptions, Generator, ModelSpec
 
 VERSION = 2  # raise it when a model's response to a request changes
 SHARD = 128  # requests that are cached together
@@ -99,9 +101,10 @@ def measure(
     rows: list[dict[str, Any]] = []
     for spec in models:
         for task in tasks["tasks"].values():
-            task.set_fewshot_seed(seed=1234)  # this seed and the next two are the harness' own
+            task.set_fewshot_seed(seed=1234)  # these seeds are the harness' own
         random.seed(0)
         np.random.seed(1234)
+        torch.manual_seed(1234)
         model = _harness_model(CachedResponder(spec, options, cache))
         found: Any = evaluate(model, tasks, limit=limit, log_samples=False)
         for name, metrics in found["results"].items():
@@ -130,10 +133,9 @@ class CachedResponder:
     """Requests -> the model's responses; the model is loaded when one of them is not cached."""
 
     def __init__(self, spec: ModelSpec, options: GenerationOptions, cache: Storage) -> None:
-        self._name = spec.name
-        self._folder = cache / f"capability-{digest(VERSION, spec.fingerprint)}"
         self._spec, self._options = spec, options
-        self.responder: Responder | None = None
+        self._folder = cache / f"capability-{digest(VERSION, spec.fingerprint)}"
+        self.model: Any = None
 
     def __call__(self, kind: str, requests: Sequence[Any]) -> list[Any]:
         """The responses of one kind of request to their ``args``."""
@@ -141,15 +143,29 @@ class CachedResponder:
         for request in requests:
             args = json.dumps(request.args)
             rows.append({"key": digest(kind, request.args), "kind": kind, "args": args})
-        job = MapJob(f"{kind} of {self._name}", self._load, {}, SHARD)
+        job = MapJob(f"{kind} of {self._spec.name}", lambda: self._respond, {}, SHARD)
         folders = {"response": self._folder}
         found = cached_map(job, rows, folders, IN_PROCESS)["response"]
         return [json.loads(found[row["key"]]["response"]) for row in rows]
 
-    def _load(self) -> Responder:
-        if self.responder is None:
-            self.responder = Responder(self._spec, self._options)
-        return self.responder
+    def _respond(self, rows: Sequence[CacheRow]) -> list[dict[str, Values]]:
+        from lm_eval.api.instance import Instance  # an extra
+
+        from .respond import HarnessModel
+
+        if self.model is None:
+            logging.getLogger("lm_eval").setLevel(logging.ERROR)
+            options = replace(self._options, max_new_tokens=1)
+            self.model = HarnessModel(Generator(self._spec, options))
+        kind = rows[0]["kind"]
+        instances = [
+            Instance(kind, {}, tuple(json.loads(row["args"])), i) for i, row in enumerate(rows)
+        ]
+        try:
+            responses = getattr(self.model, kind)(instances, disable_tqdm=True)
+        except AssertionError as error:  # how the harness refuses settings
+            raise UserError(f"--tasks: {kind} of {self._spec.name}: {error}") from None
+        return [{"response": {"response": json.dumps(response)}} for response in responses]
 
 
 def _harness_model(responder: CachedResponder) -> Any:
