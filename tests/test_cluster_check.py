@@ -76,133 +76,135 @@ NODE, HEAD, WORKER = (
     "worker_start_ray_commands/1",
 )
 SPEC, POD = "spec/headGroupSpec", "spec/workerGroupSpecs/0/template/spec"
+# Each change to a shipped file with the key of the fault; after a "?" the key that is suggested, and
+# after a "=" the kind of secret.
 BROKEN = [
     # Ray's own schema, with the nearest key
-    (AWS, set_("max_worker", 3), "max_worker: unknown key, did you mean max_workers?"),
-    (AWS, set_("max_workers", "two"), "max_workers: integer is expected, this is str"),
+    (AWS, set_("max_worker", 3), "max_worker ? max_workers"),
+    (AWS, set_("max_workers", "two"), "max_workers"),
     (
         AWS,
         set_("idle_timeout_minutes", -1),
-        "idle_timeout_minutes: -1 is less than the minimum of 0",
+        "idle_timeout_minutes",
     ),
-    (AWS, drop("cluster_name"), "cluster_name: missing"),
-    (AWS, drop("provider"), "provider: missing"),
-    (AWS, set_("docker/imagee", "x"), "docker.imagee: unknown key, did you mean image?"),
+    (AWS, drop("cluster_name"), "cluster_name"),
+    (AWS, drop("provider"), "provider"),
+    (AWS, set_("docker/imagee", "x"), "docker.imagee ? image"),
     (
         AWS,
         set_(f"{NODE}/lables", {}),
-        "available_node_types.safety.lables: unknown key, did you mean labels?",
+        "available_node_types.safety.lables ? labels",
     ),
-    (AWS, drop(f"{NODE}/resources"), "available_node_types.safety.resources: missing"),
+    (AWS, drop(f"{NODE}/resources"), "available_node_types.safety.resources"),
     # what it misses: provider, node_config
     (
         AWS,
         set_("provider/type", "awz"),
-        "provider.type: 'awz' is not a provider, did you mean aws?",
+        "provider.type",
     ),
     (
         AWS,
         set_("provider/avaliability_zone", "us-east-1a"),
-        "provider.avaliability_zone: unknown key, did you mean availability_zone?",
+        "provider.avaliability_zone ? availability_zone",
     ),
     (
         AWS,
         set_(f"{NODE}/node_config/InstanceTyp", "p4d"),
-        "node_config.InstanceTyp: unknown key, did you mean InstanceType?",
+        "node_config.InstanceTyp ? InstanceType",
     ),
     (
         AWS,
         set_(f"{NODE}/node_config/BlockDeviceMappings/0/Ebs", {"VolumSize": 9}),
-        "Ebs.VolumSize: unknown key, did you mean VolumeSize?",
+        "Ebs.VolumSize ? VolumeSize",
     ),
     (
         AWS,
         drop(f"{NODE}/node_config/InstanceType"),
-        "available_node_types.safety.node_config.InstanceType: missing",
+        "available_node_types.safety.node_config.InstanceType",
     ),
     (
         GCP,
         set_(f"{NODE}/node_config/machinetype", "a2"),
-        "node_config.machinetype: unknown key, did you mean machineType?",
+        "node_config.machinetype ? machineType",
     ),
     (
         GCP,
         set_(f"{NODE}/node_config/scheduling", [{"premptible": True}]),
-        "scheduling.premptible: unknown key, did you mean preemptible?",
+        "scheduling.0.premptible ? preemptible",
     ),
     (
         LOCAL_HOSTS,
         set_("provider/worker_ip", []),
-        "provider.worker_ip: unknown key, did you mean worker_ips?",
+        "provider.worker_ip ? worker_ips",
     ),
     # region, zone, project, auth
-    (AWS, drop("provider/region"), "provider.region: missing"),
-    (AWS, set_("provider/region", "us-east"), "provider.region: 'us-east' is not a region of aws"),
+    (AWS, drop("provider/region"), "provider.region"),
+    (AWS, set_("provider/region", "us-east"), "provider.region"),
     (
         AWS,
         set_("provider/availability_zone", "us-west-2a"),
-        "provider.availability_zone: us-west-2a is not in region us-east-1",
+        "provider.availability_zone",
     ),
-    (GCP, drop("provider/availability_zone"), "provider.availability_zone: missing"),
-    (GCP, set_("provider/project_id", None), "provider.project_id: missing"),
-    (AWS, drop("auth"), "auth.ssh_user: missing"),
-    (LOCAL_HOSTS, drop("auth/ssh_user"), "auth.ssh_user: missing"),
-    (LOCAL_HOSTS, set_("auth/ssh_usr", "x"), "auth.ssh_usr: unknown key, did you mean ssh_user?"),
-    (LOCAL_HOSTS, drop("provider/head_ip"), "provider.head_ip: missing"),
+    (GCP, drop("provider/availability_zone"), "provider.availability_zone"),
+    (GCP, set_("provider/project_id", None), "provider.project_id"),
+    (AWS, drop("auth"), "auth.ssh_user"),
+    (LOCAL_HOSTS, drop("auth/ssh_user"), "auth.ssh_user"),
+    (LOCAL_HOSTS, set_("auth/ssh_usr", "x"), "auth.ssh_usr ? ssh_user"),
+    (LOCAL_HOSTS, drop("provider/head_ip"), "provider.head_ip"),
     (
         LOCAL_HOSTS,
         set_("provider/worker_ips/0", "192.168.1.10"),
-        "provider.worker_ips: 192.168.1.10 stands there twice, or is head_ip too",
+        "provider.worker_ips",
     ),
     # sizes
     (
         AWS,
         set_(f"{NODE}/min_workers", 2),
-        "available_node_types.safety.min_workers: 2 is above its max_workers, 1",
+        "available_node_types.safety.min_workers",
     ),
     (
         AWS,
         both(set_(f"{NODE}/min_workers", 1), set_("max_workers", 0)),
-        "max_workers: 0 is below the sum of the node types' min_workers, 1",
+        "max_workers",
     ),
     (
         LOCAL_HOSTS,
         both(set_("min_workers", 3), set_("max_workers", 3)),
-        "max_workers: 3 is above the number of provider.worker_ips, 2",
+        "max_workers",
     ),
     (
         AWS,
         set_("head_node_type", "haed"),
-        "head_node_type: one of head, safety, helpfulness is expected, this is 'haed'",
+        "head_node_type",
     ),
     # versions
     (
         AWS,
         set_("docker/image", f"rayproject/ray:2.9.3-py{LOCAL.python.replace('.', '')}"),
-        f"docker.image: Ray 2.9.3 differs from the local {RAY}",
+        "docker.image",
     ),
     (
         AWS,
         set_("docker/image", f"rayproject/ray:{RAY}-py39-gpu"),
-        "docker.image: Python 3.9 differs from the local",
+        "docker.image",
     ),
     (
         GCP,
         set_("docker/image", "rayproject/ray:latest"),
-        "docker.image: the image names no Ray version",
+        "docker.image",
     ),
     (
         AWS,
         set_("setup_commands/0", 'pip install -U "ray[default]==2.8.0"'),
-        "setup_commands.0: Ray 2.8.0 differs from the local",
+        "setup_commands.0",
     ),
     (
         LOCAL_HOSTS,
         set_("setup_commands/0", "conda create -n midpo python=3.9"),
-        "setup_commands.0: Python 3.9 differs from the local",
+        "setup_commands.0",
     ),
     # starting, token mode
-    (AWS, drop("head_start_ray_commands"), "head_start_ray_commands: 0.0.0.0 without token mode"),
+    (AWS, drop("head_start_ray_commands"), "head_start_ray_commands"),
     (
         AWS,
         both(
@@ -210,54 +212,54 @@ BROKEN = [
             set_(HEAD, text("=token", "=")),
             set_(WORKER, text("=token", "=")),
         ),
-        "head_start_ray_commands: 0.0.0.0 without token mode",
+        "head_start_ray_commands",
     ),
     (
         GCP,
         set_(WORKER, text("RAY_AUTH_MODE=token", "A=b")),
-        "worker_start_ray_commands: RAY_AUTH_MODE=token is missing",
+        "worker_start_ray_commands",
     ),
-    (AWS, set_("file_mounts", {}), "file_mounts: ~/.ray/auth_token: ~/.ray/auth_token is missing"),
+    (AWS, set_("file_mounts", {}), "file_mounts"),
     (
         AWS,
         set_("head_start_ray_commands", ["ray stop"]),
-        "head_start_ray_commands: no command there is `ray start --head`",
+        "head_start_ray_commands",
     ),
     (
         AWS,
         set_(HEAD, text("--autoscaling-config", "--autoscaling")),
-        "head_start_ray_commands: --autoscaling-config=",
+        "head_start_ray_commands",
     ),
     (
         AWS,
         set_(HEAD, text("=6379", "=6380")),
-        "worker_start_ray_commands: --address names port 6379, the head's --port is 6380",
+        "worker_start_ray_commands",
     ),
     (
         LOCAL_HOSTS,
         set_(HEAD, text("v2=0", "v2=1")),
-        "head_start_ray_commands: RAY_enable_autoscaler_v2=0 is missing",
+        "head_start_ray_commands",
     ),
     # secrets by value
     (
         AWS,
         set_("setup_commands/1", f"export AWS_ACCESS_KEY_ID={KEY}"),
-        "setup_commands.1: an AWS access key by value",
+        "setup_commands.1 = an AWS access key",
     ),
     (
         AWS,
         set_("setup_commands/1", "echo hf_" + "a1" * 17),
-        "setup_commands.1: a Hugging Face token by value",
+        "setup_commands.1 = a Hugging Face token",
     ),
     (
         GCP,
         set_("setup_commands/1", "export OPENAI_API_KEY=sk-proj-" + "a1" * 20),
-        "setup_commands.1: an OpenAI or Anthropic key by value",
+        "setup_commands.1 = an OpenAI or Anthropic key",
     ),
     (
         GCP,
         set_("setup_commands/1", "export WANDB_API_KEY=" + "a1" * 20),
-        "setup_commands.1: a Weights & Biases key by value",
+        "setup_commands.1 = a Weights & Biases key",
     ),
     (
         GCP,
@@ -265,12 +267,12 @@ BROKEN = [
             "provider/gcp_credentials",
             {"type": "service_account", "credentials": "-----BEGIN PRIVATE KEY-----\nx"},
         ),
-        "credentials: a private key by value",
+        "credentials = a private key",
     ),
     (
         LOCAL_HOSTS,
         set_("worker_start_ray_commands/0", "export DB_PASSWORD=correct-horse"),
-        "worker_start_ray_commands.0: a literal password, token or key",
+        "worker_start_ray_commands.0 = a literal password",
     ),
     (
         JOB,
@@ -278,88 +280,88 @@ BROKEN = [
             "spec/rayClusterSpec/headGroupSpec/template/spec/containers/0/env/0",
             {"name": "HF_TOKEN", "value": "abcdefgh1234"},
         ),
-        "env.0.HF_TOKEN: a literal password, token or key by value",
+        "env.0.HF_TOKEN = a literal password",
     ),
     # Kubernetes
     (
         CLUSTER,
         set_("kind", "RayClusterr"),
-        "kind: one of RayCluster, RayJob is expected, this is 'RayClusterr'",
+        "kind",
     ),
-    (CLUSTER, set_("apiVersion", "ray.io/v1alpha1"), "apiVersion: one of ray.io/v1 is expected"),
+    (CLUSTER, set_("apiVersion", "ray.io/v1alpha1"), "apiVersion"),
     (
         CLUSTER,
         set_("spec/workerGroupSpec", []),
-        "spec.workerGroupSpec: unknown key, did you mean workerGroupSpecs?",
+        "spec.workerGroupSpec ? workerGroupSpecs",
     ),
     (
         CLUSTER,
         set_("spec/rayVersion", "2.9.0"),
-        f"spec.rayVersion: 2.9.0 differs from the local {RAY}",
+        "spec.rayVersion",
     ),
     (
         CLUSTER,
         set_(f"{SPEC}/rayStartParams/num-cpus", 0),
-        "spec.headGroupSpec.rayStartParams.num-cpus: string is expected, this is int",
+        "spec.headGroupSpec.rayStartParams.num-cpus",
     ),
     (
         CLUSTER,
         set_("spec/workerGroupSpecs/0/minReplicas", 2),
-        "spec.workerGroupSpecs.0.minReplicas: 2 is above maxReplicas, 1",
+        "spec.workerGroupSpecs.0.minReplicas",
     ),
     (
         CLUSTER,
         set_("spec/workerGroupSpecs/0/replicas", 5),
-        "spec.workerGroupSpecs.0.replicas: 5 is not between minReplicas, 0, and maxReplicas, 1",
+        "spec.workerGroupSpecs.0.replicas",
     ),
     (
         CLUSTER,
         set_("spec/enableInTreeAutoscaling", False),
-        "spec.enableInTreeAutoscaling: must be true for safety, helpfulness to grow",
+        "spec.enableInTreeAutoscaling",
     ),
     (
         CLUSTER,
         set_("spec/workerGroupSpecs/1/groupName", "safety"),
-        "spec.workerGroupSpecs.1.groupName: safety stands there twice",
+        "spec.workerGroupSpecs.1.groupName",
     ),
     (
         CLUSTER,
         set_(f"{POD}/containers/0/imag", "x"),
-        "spec.workerGroupSpecs.0.template.spec.containers.0.imag: unknown key, did you mean image?",
+        "spec.workerGroupSpecs.0.template.spec.containers.0.imag ? image",
     ),
     (
         CLUSTER,
         set_(f"{POD}/containers/0/ports", [{"containerPort": "x"}]),
-        "ports.0.containerPort: integer is expected, this is str",
+        "ports.0.containerPort",
     ),
     (
         CLUSTER,
         drop(f"{POD}/containers"),
-        "spec.workerGroupSpecs.0.template.spec.containers: missing",
+        "spec.workerGroupSpecs.0.template.spec.containers",
     ),
-    (CLUSTER, set_(f"{POD}/volumes/0/name", "disk"), "no volume is called storage"),
+    (CLUSTER, set_(f"{POD}/volumes/0/name", "disk"), "volumeMounts"),
     (
         JOB,
         drop("spec/rayClusterSpec/authOptions"),
-        "spec.rayClusterSpec.authOptions: 0.0.0.0 without token mode",
+        "spec.rayClusterSpec.authOptions",
     ),
-    (JOB, set_("spec/entrypont", "x"), "spec.entrypont: unknown key, did you mean entrypoint?"),
-    (JOB, drop("spec/entrypoint"), "spec.entrypoint: missing"),
-    (JOB, set_("spec/submissionMode", "Http"), "spec.submissionMode: one of K8sJobMode, HTTPMode"),
+    (JOB, set_("spec/entrypont", "x"), "spec.entrypont ? entrypoint"),
+    (JOB, drop("spec/entrypoint"), "spec.entrypoint"),
+    (JOB, set_("spec/submissionMode", "Http"), "spec.submissionMode"),
     (
         JOB,
         set_("spec/shutdownAfterJobFinishes", False),
-        "spec.ttlSecondsAfterFinished: has no effect without shutdownAfterJobFinishes",
+        "spec.ttlSecondsAfterFinished",
     ),
     (
         STORAGE,
         set_("spec/accessMode", []),
-        "spec.accessMode: unknown key, did you mean accessModes?",
+        "spec.accessMode ? accessModes",
     ),
     (
         STORAGE,
         set_("kind", "PersistentVolumClaim"),
-        "kind: v1 PersistentVolumClaim is no kind of Kubernetes",
+        "kind",
     ),
 ]
 
@@ -375,7 +377,7 @@ def test_shipped_file_offers_the_groups_of_the_7b_recipes(file):
 
 
 @pytest.mark.parametrize(
-    ("file", "change", "expected"), BROKEN, ids=[f"{f}-{e.partition(':')[0]}" for f, _, e in BROKEN]
+    ("file", "change", "expected"), BROKEN, ids=[f"{f}-{e}" for f, _, e in BROKEN]
 )
 def test_broken_copy_fails_with_one_line(tmp_path, file, change, expected):
     document = json.loads(
@@ -386,8 +388,12 @@ def test_broken_copy_fails_with_one_line(tmp_path, file, change, expected):
     broken.write_text(yaml.safe_dump(document, sort_keys=False), "utf-8")
     faults = check(broken, local=LOCAL)
     assert len(faults) == 1, faults
-    assert faults[0].startswith(f"{broken}: ")
-    assert expected in faults[0]
+    key, _, kind = expected.partition(" = ")
+    key, _, near = key.partition(" ? ")
+    fault = faults[0].removeprefix(f"{broken}: ")
+    assert fault.partition(": ")[0].endswith(key)
+    assert (f"did you mean {near}?" in fault) == bool(near)
+    assert kind in fault
     assert "\n" not in faults[0]
     assert KEY not in faults[0]
 
@@ -395,18 +401,18 @@ def test_broken_copy_fails_with_one_line(tmp_path, file, change, expected):
 # Overrides of alpaca-7b that no shipped cluster can hold, and what is said of it.
 GROUP = "experts.safety.group"
 LACKING = [
-    (AWS, ["label_selector={midpo-group: safe}"], "none is labelled midpo-group: safe"),
+    (AWS, ["label_selector={midpo-group: safe}"], "labelled midpo-group: safe"),
     (AWS, ["gpus_per_worker=9"], "no node type offers that with midpo-group: safety"),
     (AWS, ["cpus_per_worker=97"], "no node type offers that with midpo-group: safety"),
     (GCP, ["resources={infiniband: 1}"], "no node type offers that with midpo-group: safety"),
-    (GCP, ["workers=9"], "needs 9 worker(s) of 1 CPU, 1 GPU: there are too few at full scale"),
-    (LOCAL_HOSTS, ["label_selector={midpo-group: safe}"], "none is labelled midpo-group: safe"),
+    (GCP, ["workers=9"], "room for 8"),
+    (LOCAL_HOSTS, ["label_selector={midpo-group: safe}"], "labelled midpo-group: safe"),
     (
         LOCAL_HOSTS,
         ["resources={infiniband: 1}"],
         "no node type offers that with midpo-group: safety",
     ),
-    (CLUSTER, ["label_selector={zone: a}"], "none is labelled zone: a"),
+    (CLUSTER, ["label_selector={zone: a}"], "labelled zone: a"),
     (JOB, ["gpus_per_worker=16"], "no node type offers that with midpo-group: safety"),
 ]
 

@@ -3,91 +3,133 @@
 from __future__ import annotations
 
 import difflib
+import math
 import platform
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
 from typing import Any, NamedTuple
 
 import jsonschema
+import yaml
 
-from ..config import EXPERTS, Config
-from ..pipeline.cluster import Node, hold
+from ..config import Config
 from .secrets import known_key, looks_secret
 
-# A key and what is wrong with it.
-Fault = tuple[str, str]
+Fault = tuple[str, str]  # a key, and what is wrong with it
+
+_TYPES: dict[str, dict[str, Any]] = {
+    "any": {},
+    "text": {"type": "string", "minLength": 1},
+    "texts": {"type": "object", "additionalProperties": {"type": "string"}},
+    "boolean": {"type": "boolean"},
+    "object": {"type": "object"},
+    "number": {"type": "number", "minimum": 0},
+    "count": {"type": "integer", "minimum": 0},
+    "positive": {"type": "integer", "minimum": 1},
+}
 
 
 class Versions(NamedTuple):
-    """What a job is submitted from; nodes must agree."""
+    """The versions of a machine that submits jobs; the nodes' must be the same."""
 
     ray: str  # 2.60.0
     python: str  # 3.11
 
     @classmethod
     def local(cls) -> Versions:
-        import ray
+        import ray  # slow to import, and a submitting machine's version may be given
 
         return cls(ray.__version__, ".".join(platform.python_version_tuple()[:2]))
 
 
-def unknown_key(path: str, key: str, known: Iterable[str]) -> Fault:
-    """A key that nobody reads, with the nearest that somebody does."""
-    names = sorted(known)
-    near = difflib.get_close_matches(key, names, 1, 0.5)
-    return join(path, key), "unknown key" + (
-        f", did you mean {near[0]}?" if near else f" (known there: {', '.join(names)})"
-    )
+class Offer(NamedTuple):
+    """Nodes of one kind, at full scale."""
+
+    resources: Mapping[str, float]
+    labels: Mapping[str, str]
+    nodes: int
+
+    def workers(self, need: Mapping[str, float], selector: Mapping[str, str]) -> int:
+        """How many workers that need these resources run here."""
+        if any(self.labels.get(key) != value for key, value in selector.items()):
+            return 0
+        shares = [self.resources.get(k, 0.0) / v + 1e-9 for k, v in need.items() if v > 0]
+        return self.nodes * int(min([*shares, 1e6]))
+
+
+def load_schemas(name: str) -> dict[str, Any]:
+    """The JSON schemas of a file in schemas/, by their names.
+
+    Its notation: ``key: type``, ``key!`` is required, a list is an enumeration, /.../ is a pattern,
+    a mapping is a section, or a list of sections, that has no other keys; ``names`` and ``more``
+    list keys of any type.
+    """
+    text = (resources.files(__package__) / "schemas" / name).read_text("utf-8")
+    return {key: _schema(node) for key, node in yaml.safe_load(text).items()}
+
+
+def _schema(node: Any) -> dict[str, Any]:
+    if isinstance(node, list):
+        return {"enum": node}
+    if isinstance(node, str):
+        return {"pattern": f"^{node[1:-1]}$"} if node.startswith("/") else _TYPES[node]
+    keys = {key: value for key, value in node.items() if key not in ("names", "more")}
+    names = f"{node.get('names', '')} {node.get('more', '')}".split()
+    properties: dict[str, Any] = {name: {} for name in names}
+    properties |= {key.removesuffix("!"): _schema(value) for key, value in keys.items()}
+    section = {"properties": properties, "additionalProperties": False}
+    section["required"] = [key[:-1] for key in keys if key.endswith("!")]
+    return {"type": ["object", "array"], "items": section, **section}
 
 
 def join(*parts: str | int) -> str:
-    return ".".join(str(p) for p in parts if str(p))
+    return ".".join(str(part) for part in parts if str(part))
 
 
 def schema_faults(document: Any, schema: Mapping[str, Any], at: str = "") -> Iterator[Fault]:
-    """Each violation of a JSON schema, by its key."""
-    for error in jsonschema.validators.validator_for(schema)(schema).iter_errors(document):
-        yield from explain(error, at)
+    """Each violation of a JSON schema; a key without a value counts as missing."""
+    validator = jsonschema.validators.validator_for(schema)(schema)
+    for error in validator.iter_errors(_with_values(document)):
+        yield from violation(error, at)
 
 
-def explain(error: jsonschema.ValidationError, at: str = "") -> Iterator[Fault]:
-    """A schema's complaint by its key, without the document that it is about."""
-    path = join(at, *error.absolute_path)
-    if error.validator == "additionalProperties" and isinstance(error.instance, dict):
-        known = error.schema.get("properties", {})
-        for key in error.instance:
-            if key not in known:
-                yield unknown_key(path, str(key), known)
-    elif error.validator == "required" and isinstance(error.instance, dict):
-        for key in error.validator_value:
-            if key not in error.instance:
-                yield join(path, key), "missing"
+def _with_values(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: _with_values(value) for key, value in node.items() if value is not None}
+    return [_with_values(item) for item in node] if isinstance(node, list) else node
+
+
+def violation(error: jsonschema.ValidationError, at: str = "") -> Iterator[Fault]:
+    """What a schema finds wrong, by key and without the document that it is about."""
+    path, value, rule = join(at, *error.absolute_path), error.instance, error.validator_value
+    if error.validator == "additionalProperties" and isinstance(value, dict):
+        known = sorted(error.schema.get("properties", {}))
+        for key in sorted(value.keys() - set(known)):
+            near = difflib.get_close_matches(str(key), known, 1, 0.5)
+            hint = f", did you mean {near[0]}?" if near else f" (known keys: {', '.join(known)})"
+            yield join(path, key), f"unknown key{hint}"
+    elif error.validator == "required":
+        yield from ((join(path, key), "missing") for key in rule if key not in value)
     elif error.validator == "enum":
-        yield (
-            path,
-            f"one of {', '.join(map(str, error.validator_value))} is expected, this is {error.instance!r}",
-        )
+        yield path, f"one of {', '.join(map(str, rule))} is expected, this is {value!r}"
     elif error.validator == "type":
-        types = (
-            error.validator_value
-            if isinstance(error.validator_value, list)
-            else [error.validator_value]
-        )
-        yield path, f"{' or '.join(types)} is expected, this is {type(error.instance).__name__}"
-    elif known_key(str(error.instance)) or looks_secret(f"{path}={error.instance}"):
+        types = rule if isinstance(rule, list) else [rule]
+        yield path, f"{' or '.join(types)} is expected, this is {type(value).__name__}"
+    elif known_key(str(value)) or looks_secret(f"{path}={value}"):
         yield path, f"not what is expected there ({error.validator})"
     else:
         yield path, " ".join(error.message.split())[:200]
 
 
 def strings(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Every text of a document with its key; a mapping's name/value pair (an environment variable) as ``NAME=value``."""
+    """Every text of a document with its key; an environment variable as ``NAME=value``."""
     if isinstance(node, Mapping):
         if isinstance(node.get("name"), str) and isinstance(node.get("value"), str):
             yield join(path, node["name"]), f"{node['name']}={node['value']}"
         for key, value in node.items():
             yield from strings(value, join(path, key))
-    elif isinstance(node, Sequence) and not isinstance(node, str | bytes):
+    elif isinstance(node, list | tuple):
         for i, value in enumerate(node):
             yield from strings(value, join(path, i))
     elif isinstance(node, str):
@@ -95,56 +137,60 @@ def strings(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def secret_faults(documents: Sequence[Any], text: str) -> Iterator[Fault]:
-    """Secrets by value, among the keys and in comments."""
+    """Secrets by value, in keys and in comments."""
     advice = "by value: name the file that holds it instead"
     found = False
-    for document in documents:
-        for path, value in strings(document):
-            if kind := looks_secret(value) or looks_secret(f"{path.rpartition('.')[2]}={value}"):
-                found = True
-                yield path, f"{kind} {advice}"
-    if not found:
-        for number, line in enumerate(text.splitlines(), 1):
-            if kind := known_key(line):
-                yield f"line {number}", f"{kind} {advice}"
+    for path, value in strings(list(documents)):
+        path = path.partition(".")[2]  # without the document's number
+        if kind := looks_secret(value) or looks_secret(f"{path.rpartition('.')[2]}={value}"):
+            found = True
+            yield path, f"{kind} {advice}"
+    for number, line in enumerate(text.splitlines(), 1):
+        if not found and (kind := known_key(line)):
+            yield f"line {number}", f"{kind} {advice}"
 
 
 def version_faults(path: str, text: str, local: Versions) -> Iterator[Fault]:
-    """Ray and Python versions that an image's name or a set-up command gives, where they differ from the local ones."""
+    """Versions in an image's name or a set-up command that differ from the local ones."""
     if re.search(r"rayproject/ray(?:-ml)?(?::(?:latest|nightly)\S*|\s*$)", text):
-        yield (
-            path,
-            f"the image names no Ray version: rayproject/ray:{local.ray}-py{local.python.replace('.', '')} would match",
-        )
-    for found in re.findall(r"\bray(?:-ml)?(?:\[[\w,]*\])?(?::|==|-|_)v?(\d+\.\d+\.\d+)", text):
-        if found != local.ray:
-            yield (
-                path,
-                f"Ray {found} differs from the local {local.ray}: nodes and submitting machine need the same",
-            )
-    for major, minor in re.findall(r"(?:-py|python[=]{0,2}|/cp)(\d)\.?(\d+)", text):
-        if f"{major}.{minor}" != local.python:
-            yield (
-                path,
-                f"Python {major}.{minor} differs from the local {local.python}: nodes and submitting machine need the same",
-            )
+        fitting = f"rayproject/ray:{local.ray}-py{local.python.replace('.', '')}"
+        yield path, f"the image names no Ray version; {fitting} would match"
+    rays = re.findall(r"\bray(?:-ml)?(?:\[[\w,]*\])?(?::|==|-|_)v?(\d+\.\d+\.\d+)", text)
+    pythons = re.findall(r"(?:-py|python[=]{0,2}|/cp)(\d)\.?(\d+)", text)
+    versions = [("Ray", v, local.ray) for v in rays]
+    versions += [("Python", ".".join(v), local.python) for v in pythons]
+    for what, version, own in versions:
+        if version != own:
+            yield path, f"{what} {version} differs from the local {own}: they must be the same"
 
 
-def lacking(recipe: Config, nodes: Sequence[Node], offered: str) -> Iterator[Fault]:
+def lacking(recipe: Config, offers: Sequence[Offer], key: str) -> Iterator[Fault]:
     """Groups of a recipe that the cluster, scaled up, can never hold."""
-    groups = {f"experts.{name}.group": getattr(recipe.experts, name).group for name in EXPERTS}
-    groups["router.group"] = recipe.router.group
-    groups["scores"] = recipe.scores.group
-    for key, group in groups.items():
-        if hold([group], nodes) is None:
-            continue
+    groups = {
+        "experts.safety.group": recipe.experts.safety.group,
+        "experts.helpfulness.group": recipe.experts.helpfulness.group,
+        "router.group": recipe.router.group,
+        "scores": recipe.scores.group,
+    }
+    for name, group in groups.items():
         need = {"CPU": group.cpus_per_worker, "GPU": group.gpus_per_worker, **group.resources}
+        selector = group.label_selector
+        room = sum(offer.workers(need, selector) for offer in offers)
+        if room >= group.min_workers:
+            continue
         wanted = ", ".join(f"{v:g} {k}" for k, v in need.items() if v > 0)
-        where = ", ".join(f"{k}: {v}" for k, v in group.label_selector.items())
-        labelled = [n for n in nodes if n.holds({}, group.label_selector)]
-        why = f"no node type offers that with {where}" if where else "no node type offers that"
-        if not labelled:
-            why = f"none is labelled {where}"
-        if any(n.holds(need, group.label_selector) for n in nodes):
-            why = "there are too few at full scale"
-        yield offered, f"the recipe's {key} needs {group.min_workers} worker(s) of {wanted}: {why}"
+        where = ", ".join(f"{k}: {v}" for k, v in selector.items())
+        why = f"there is room for {room} at full scale"
+        if not any(offer.workers({}, selector) for offer in offers):
+            why = f"no node is labelled {where}"
+        elif room == 0:
+            why = "no node type offers that" + (f" with {where}" if where else "")
+        yield key, f"the recipe's {name} needs {group.min_workers} worker(s) of {wanted}: {why}"
+
+
+def quantity(value: Any) -> float:
+    """A Kubernetes quantity, 8, "8" or "500m"; unlimited without a value."""
+    if value is None:
+        return math.inf
+    parts = re.fullmatch(r"([\d.]+)(m?)", str(value))
+    return float(parts[1]) / (1000 if parts[2] else 1) if parts else math.inf
