@@ -54,10 +54,7 @@ def documents(model: config.Model, data: str, pairs: int) -> list[Document]:
     kept = [(d, chosen) for d, (_, chosen) in zip(made, choices, strict=False) if d is not None][
         :pairs
     ]
-    return [
-        Document(prompt, [responses[chosen], responses[1 - chosen]])
-        for (prompt, responses), chosen in kept
-    ]
+    return [Document(d.prefix, [d.suffixes[chosen], d.suffixes[1 - chosen]]) for d, chosen in kept]
 
 
 class Clock:

@@ -118,7 +118,8 @@ def inspect(
         _option(None, "Select the pairs of a stage.", "all pairs"),
     ] = None,
     rule: Annotated[
-        Literal["labels", "pareto_labels"], Option(help="Rule that selects the router's pairs.")
+        Literal["labels", "pareto_labels", "safe_first"],
+        Option(help="Rule that selects the router's pairs."),
     ] = "pareto_labels",
     template: Annotated[str, Option(help="Prompt format, as data.template.")] = "auto",
     max_length: Annotated[int, _option("N", "Longest prompt and response, in tokens.")] = 512,

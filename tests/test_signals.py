@@ -7,7 +7,7 @@ import pytest
 
 from midpo_ray import UserError
 from midpo_ray.config import Config
-from midpo_ray.data.schema import Pair, response_key
+from midpo_ray.data.schema import Document, Pair, response_key
 from midpo_ray.pipeline.plan import fingerprints
 from midpo_ray.pipeline.score import Item, distinct_items, make_units, read_cache, write_shard
 from midpo_ray.pipeline.signals import Scored, stage_table
@@ -195,7 +195,9 @@ def test_saved_and_loaded_tables_are_the_same(tmp_path: Path) -> None:
 
 def test_each_distinct_response_is_scored_once_and_only_what_is_missing(tmp_path: Path) -> None:
     pairs = scored().pairs
-    documents = [([1, 7], [[5] * SIGNALS[r][0] for r in p.responses]) for p in pairs]
+    documents = [
+        Document([1, 7], [[5] * SIGNALS[r][0] for r in p.responses], p.keys) for p in pairs
+    ]
     items = distinct_items(pairs, documents)
     assert [i.pair.responses[i.number] for i in items] == ["good", "bad", "mild"]
     need = {"logp": {i.key for i in items}, "reward": {items[0].key}}

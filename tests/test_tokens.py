@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from midpo_ray.config import Data, DataSet
-from midpo_ray.data import Pair, Tokenization, read_pairs
+from midpo_ray.data import Document, Pair, Tokenization, read_pairs
 from midpo_ray.data.inspect import describe, special_faults
 from midpo_ray.data.read import ReadReport
 from midpo_ray.data.tokens import PAPER
@@ -49,7 +49,9 @@ def plain(tokenizer, text):
 
 def test_paper_template_bos_once_and_eos_at_the_end(byte_tokenizer):
     tokenization = Tokenization(byte_tokenizer, data())
-    ((prefix, (first, second)),) = tokenization.documents([pair()])
+    (document,) = tokenization.documents([pair()])
+    prefix, (first, second) = document.prefix, document.suffixes
+    assert document.keys == pair().keys
     assert prefix == [
         BOS,
         *plain(byte_tokenizer, "BEGINNING OF CONVERSATION: USER: Why? ASSISTANT:"),
@@ -116,7 +118,8 @@ def test_truncation_keeps_the_prompt_s_end_and_the_response_s_start(byte_tokeniz
         byte_tokenizer, data(template="{prompt}:", max_length=20, max_prompt_length=8)
     )
     long, fits = "r" * 30, "s" * 11
-    ((prefix, (cut, whole)),) = tokenization.documents([pair("abcdefghijkl", long, fits)])
+    (document,) = tokenization.documents([pair("abcdefghijkl", long, fits)])
+    prefix, (cut, whole) = document.prefix, document.suffixes
     assert byte_tokenizer.decode(prefix) == "<s>ghijkl:"
     assert cut == plain(byte_tokenizer, "r" * 12)  # 20 - 8, and no EOS
     assert whole == [*plain(byte_tokenizer, fits), EOS]  # exactly full
@@ -140,7 +143,7 @@ def test_prompts_longer_than_everything(byte_tokenizer):
     assert [d is None for d in dropping.documents(rows)] == [True, False]
     assert dropping.counts == {"prompt longer than max_length": 1}
     cutting = Tokenization(byte_tokenizer, data(**keys, long_prompts="truncate"))
-    assert len(cutting.documents(rows)[0][0]) == 8
+    assert len(cutting.documents(rows)[0].prefix) == 8
     assert cutting.counts == {"prompts cut": 1}
     with pytest.raises(UserError, match="prompt has 21 tokens"):
         dropping.prompt_ids(rows[0].prompt)
@@ -221,6 +224,34 @@ def test_fingerprint_is_of_what_decides_the_ids(byte_tokenizer, chatty):
     assert Tokenization(byte_tokenizer, data()).fingerprint == prints[0]
 
 
+def test_a_template_with_today_s_date_gives_the_same_ids_every_day(chatty, monkeypatch):
+    import datetime
+
+    from transformers.utils import chat_template_utils
+
+    dated = "{{ strftime_now('%d %b %Y') }} " + CHATML
+    prompt = (("user", "Why?"),)
+
+    def on(day):
+        class Clock(datetime.datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return cls(2031, 1, day)
+
+        monkeypatch.setattr(chat_template_utils, "datetime", Clock, raising=False)
+        tokenization = Tokenization(chatty(dated), data())
+        return tokenization, tokenization.prompt_ids(prompt)
+
+    (first, ids), (second, later) = on(1), on(2)
+    assert first.dated
+    assert ids == later
+    assert first.fingerprint == second.fingerprint
+    assert first.tokenizer.decode(ids).startswith("26 Jul 2024 ")
+    assert not Tokenization(chatty(), data()).dated
+    with pytest.raises(UserError, match="strftime|date"):
+        Tokenization(chatty("{% set f = '%Y' %}{{ strftime_now(f) }}" + CHATML), data())
+
+
 # Real tokenizer, real pairs
 
 
@@ -235,9 +266,10 @@ def test_real_pairs_have_the_ids_of_the_whole_text(shared):
     assert time.perf_counter() - start < 20
     assert tokenization.counts["responses cut"] > 100
     assert None not in documents
-    for p, (prefix, suffixes) in list(zip(pairs, documents, strict=True))[:200]:
+    for p, document in list(zip(pairs, documents, strict=True))[:200]:
+        prefix = document.prefix
         assert prefix.count(tokenizer.bos_token_id) == 1
-        for text, ids in zip(p.responses, suffixes, strict=True):
+        for text, ids in zip(p.responses, document.suffixes, strict=True):
             whole = tokenizer(PAPER.replace("{prompt}", p.prompt[0][1]) + text)["input_ids"]
             cut = ids[-1] != tokenizer.eos_token_id
             assert [*prefix, *ids] == (whole[:512] if cut else [*whole, tokenizer.eos_token_id])
@@ -273,7 +305,7 @@ def test_inspect_text_alone():
     ):  # fmt: skip
         assert part in text, part
     assert "router (rule labels)" in describe(pairs, report)
-    assert "read scores, which a run makes" in describe(pairs, report, stage="pareto")
+    assert "read scores" in describe(pairs, report, stage="pareto")
     assert "no pair to measure" in describe(pairs[2:], report, stage="safety")
 
 
@@ -291,10 +323,13 @@ def test_inspect_token_by_token(byte_tokenizer):
 
 
 def test_faults_of_special_tokens():
-    assert special_faults([BOS, 5, 6], [[7, EOS]], [BOS, 9], BOS, EOS) == []
-    assert special_faults([BOS, 5, EOS, 6], [[7, EOS]], [BOS, 9, EOS], BOS, EOS) == []
-    assert "BOS stands twice at the beginning" in special_faults([BOS, BOS, 5], [], [BOS], BOS, EOS)
-    assert special_faults([BOS, EOS, 5], [[EOS, 7, EOS], [BOS]], [BOS], BOS, EOS) == [
+    def faults(prefix, suffixes, template):
+        return special_faults(Document(prefix, suffixes), template, BOS, EOS)
+
+    assert faults([BOS, 5, 6], [[7, EOS]], [BOS, 9]) == []
+    assert faults([BOS, 5, EOS, 6], [[7, EOS]], [BOS, 9, EOS]) == []
+    assert len(faults([BOS, BOS, 5], [], [BOS])) == 2
+    assert faults([BOS, EOS, 5], [[EOS, 7, EOS], [BOS]], [BOS]) == [
         "EOS inside the prompt, not from the template",
         "EOS inside response 0",
         "BOS inside response 1",

@@ -294,10 +294,11 @@ class Router(Section):
         description="One gate per prompt, read at its last token, or one gate per token (as "
         "published).",
     )
-    rule: Literal["pareto", "pareto_labels", "labels", "ranked"] = Field(
+    rule: Literal["pareto", "pareto_labels", "safe_first", "labels", "ranked"] = Field(
         "pareto",
         description="Which pairs train the router. pareto needs both scorers, ranked needs the "
-        "cost, pareto_labels and labels (as published) need none.",
+        "cost; pareto_labels, safe_first (the safe response, else the better of two safe ones) "
+        "and labels (as published) need none.",
     )
     prior: float = Field(
         0.01,

@@ -1,14 +1,14 @@
-"""Documents into rows, and pairs into batches: a prompt stands once, its responses branch off it, and little padding is paid for.
+"""Documents become rows, and pairs become batches: responses branch off one copy of their prompt.
 
-R rows, T tokens of a row, N response tokens of a batch, S responses of a batch, G prompts as they stand in the rows.
+R rows, T tokens of a row, N response tokens of a batch, S responses of a batch, G prompts.
 
     prompt p0 p1 p2, responses a0 a1 and b0 b1, as one row of layout ``tree``:
     input_ids     p0 p1 p2 a0 a1 b0 b1
-    position_ids   0  1  2  3  4  3  4       every response goes on from the prompt
-    branch_ids     0  0  0  1  1  2  2       a token attends to its document's branch 0 and to its own branch, never ahead
-    predict_index  2  3  2  5                where the hidden state is that predicts ...
-    labels        a0 a1 b0 b1                ... this token
-    owner          0  0  1  1                and whose token it is
+    position_ids   0  1  2  3  4  3  4   every response continues the prompt
+    branch_ids     0  0  0  1  1  2  2   a token attends to branch 0 of its document and to its own
+    predict_index  2  3  2  5            flat position of the hidden state that predicts ...
+    labels        a0 a1 b0 b1            ... this token
+    owner          0  0  1  1            the response of this token
 """
 
 from __future__ import annotations
@@ -18,24 +18,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .schema import Document
+
+__all__ = [
+    "Document",
+    "Layout",
+    "Segment",
+    "TokenBatch",
+    "collate",
+    "cost",
+    "plan_batches",
+    "split_batch",
+    "wasted_share",
+]
+
 Layout = Literal["tree", "packed", "padded"]
 POOL = 32  # global batches that are sorted by length together (ours)
-PASS_COST = 128  # tokens that one more forward and backward pass is worth: padding above that is split off (ours)
-
-
-@dataclass
-class Document:
-    """A prompt's ids and those of each of its responses; none of them empty."""
-
-    prefix: list[int]
-    suffixes: list[list[int]]
+PASS_COST = 128  # a forward and backward pass costs about as much as this many tokens (ours)
 
 
 class Segment(NamedTuple):
-    """Consecutive tokens of a row, the prompt's or one response's, and where their prompt is (before a prompt: nothing)."""
+    """Consecutive tokens of a row, and where their prompt is (empty for a prompt itself)."""
 
     row: int
     prompt: slice
@@ -44,7 +51,7 @@ class Segment(NamedTuple):
 
 @dataclass
 class TokenBatch:
-    """What a model reads and what it is asked; made by ``collate``. Flat positions are r * T + t."""
+    """The input of a model and the tokens to predict; made by ``collate``. Flat is r * T + t."""
 
     input_ids: Tensor  # [R, T]
     position_ids: Tensor  # [R, T]
@@ -54,11 +61,9 @@ class TokenBatch:
     labels: Tensor  # [N]
     owner: Tensor  # [N] in [0, S)
     anchor_index: Tensor  # [G] flat position of each prompt's last token
-    anchor_of: (
-        Tensor  # [R, T] in [0, G): the prompt that a token belongs to or follows; 0 at padding
-    )
+    anchor_of: Tensor  # [R, T] in [0, G): the prompt of a token; 0 at padding
     segments: list[Segment]  # the same tree for the host, row by row
-    responses: int  # S, document by document and response by response: of pair b 2b is chosen, 2b + 1 rejected
+    responses: int  # S, document by document: of pair b 2b is chosen, 2b + 1 is rejected
     _masks: dict[int | None, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def to(self, device: torch.device | str) -> TokenBatch:
@@ -69,10 +74,11 @@ class TokenBatch:
         return TokenBatch(**moved)
 
     def mask(self, window: int | None = None) -> Tensor:
-        """Who attends to whom, bool [R, 1, T, T] (True: row's token attends to column's). Made once and kept.
+        """Which token attends to which, bool [R, 1, T, T], cached.
 
-        A token attends to itself and to what is before it in its prompt and in its own branch; with ``window`` only to
-        positions less than that far back. Padding attends to padding, so that no row of a softmax is empty.
+        A token attends to itself and to earlier tokens of its prompt and its own branch; with
+        ``window`` only to positions less than that far back. Padding attends to padding, so that
+        no row of a softmax is empty.
         """
         if window not in self._masks:
             document, branch, position = self.document_ids, self.branch_ids, self.position_ids
@@ -87,9 +93,8 @@ class TokenBatch:
 
 
 def collate(documents: Sequence[Document], layout: Layout = "tree", pad_id: int = 0) -> TokenBatch:
-    """A batch of documents: ``tree`` one row each, ``packed`` all in one row, ``padded`` one row a response (plain causal rows).
-
-    The order of the responses is the same in every layout.
+    """A batch of documents: ``tree`` has one row per document, ``packed`` one row for all of them,
+    ``padded`` one plain causal row per response. Responses have the same order in every layout.
 
     >>> batch = collate([Document([5, 6, 7], [[8, 2], [9, 2]])])
     >>> batch.input_ids.tolist(), batch.position_ids.tolist()
@@ -98,94 +103,69 @@ def collate(documents: Sequence[Document], layout: Layout = "tree", pad_id: int 
     ([2, 3, 2, 5], [8, 2, 9, 2], [0, 0, 1, 1])
     """
     if not documents or any(not d.prefix or not all(d.suffixes) for d in documents):
-        raise ValueError(
-            "collate: at least one document is expected, and neither prompts nor responses without tokens"
-        )
-    numbered = list(enumerate(documents))
-    rows: list[list[tuple[int, list[int], list[list[int]]]]]
-    if layout == "packed":
-        rows = [[(d, document.prefix, document.suffixes) for d, document in numbered]]
-    elif layout == "tree":
-        rows = [[(d, document.prefix, document.suffixes)] for d, document in numbered]
-    elif layout == "padded":
-        rows = [
-            [(d, document.prefix, [suffix])]
-            for d, document in numbered
-            for suffix in document.suffixes
-        ]
-    else:
-        raise ValueError(f"collate: layout is {layout!r}, allowed are 'tree', 'packed', 'padded'")
-    width = max(
-        sum(len(prefix) + sum(map(len, suffixes)) for _, prefix, suffixes in row) for row in rows
-    )
-    shape = (len(rows), width)
-    ids: list[int] = []
-    positions: list[int] = []
-    owners: list[int] = []
-    branches: list[int] = []
-    anchors: list[int] = []
-    predict: list[int] = []
-    labels: list[int] = []
-    owner: list[int] = []
-    anchor_index: list[int] = []
+        raise ValueError("collate: one document or more is expected, with no empty token list")
+    rows = _rows(documents, layout)
+    width = max(sum(len(d.prefix) + sum(map(len, d.suffixes)) for _, d in row) for row in rows)
+    input_ids = np.full((len(rows), width), pad_id)
+    document_ids = np.full((len(rows), width), -1)
+    position_ids, branch_ids, anchor_of = np.zeros((3, len(rows), width), dtype=np.int64)
     segments: list[Segment] = []
-    response = 0
-    for start in range(0, len(rows) * width, width):
-        row = rows[start // width]
-        flat = start
-        for document, prefix, suffixes in row:
-            length = len(prefix)
-            anchor = flat + length - 1
-            branches += [0] * length
-            positions += range(length)
-            ids += prefix
-            prompt = slice(flat - start, flat - start + length)
-            segments.append(Segment(start // width, slice(prompt.start, prompt.start), prompt))
-            flat += length
-            for branch, suffix in enumerate(suffixes, 1):
-                n = len(suffix)
-                segments.append(
-                    Segment(start // width, prompt, slice(flat - start, flat - start + n))
-                )
-                ids += suffix
-                positions += range(length, length + n)
-                branches += [branch] * n
-                predict += [anchor, *range(flat, flat + n - 1)]
-                labels += suffix
-                owner += [response] * n
-                flat += n
-                response += 1
-            owners += [document] * (flat - anchor + length - 1)
-            anchors += [len(anchor_index)] * (flat - anchor + length - 1)
-            anchor_index.append(anchor)
-        padding = start + width - flat
-        ids += [pad_id] * padding
-        for column, value in ((positions, 0), (branches, 0), (owners, -1), (anchors, 0)):
-            column += [value] * padding
-
-    def tensor(column: list[int]) -> Tensor:
-        return torch.tensor(column, dtype=torch.long)
-
+    anchors: list[int] = []
+    for row, parts in enumerate(rows):
+        end = 0
+        for number, document in parts:
+            prompt = slice(end, end + len(document.prefix))
+            for branch, ids in enumerate([document.prefix, *document.suffixes]):
+                own = slice(end, end + len(ids))
+                first = len(document.prefix) if branch else 0
+                input_ids[row, own] = ids
+                position_ids[row, own] = np.arange(first, first + len(ids))
+                document_ids[row, own] = number
+                branch_ids[row, own] = branch
+                anchor_of[row, own] = len(anchors)
+                segments.append(Segment(row, prompt if branch else slice(end, end), own))
+                end = own.stop
+            anchors.append(row * width + prompt.stop - 1)
+    responses = [s for s in segments if s.prompt.stop > s.prompt.start]
+    predict: list[int] = []
+    for row, prompt, own in responses:  # the prompt's end predicts the first token of a response
+        predict.append(row * width + prompt.stop - 1)
+        predict += range(row * width + own.start, row * width + own.stop - 1)
     return TokenBatch(
-        input_ids=tensor(ids).view(shape),
-        position_ids=tensor(positions).view(shape),
-        document_ids=tensor(owners).view(shape),
-        branch_ids=tensor(branches).view(shape),
-        predict_index=tensor(predict),
-        labels=tensor(labels),
-        owner=tensor(owner),
-        anchor_index=tensor(anchor_index),
-        anchor_of=tensor(anchors).view(shape),
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(position_ids),
+        document_ids=torch.from_numpy(document_ids),
+        branch_ids=torch.from_numpy(branch_ids),
+        predict_index=torch.tensor(predict),
+        labels=torch.from_numpy(np.concatenate([input_ids[s.row, s.own] for s in responses])),
+        owner=torch.arange(len(responses)).repeat_interleave(
+            torch.tensor([s.own.stop - s.own.start for s in responses])
+        ),
+        anchor_index=torch.tensor(anchors),
+        anchor_of=torch.from_numpy(anchor_of),
         segments=segments,
-        responses=response,
+        responses=len(responses),
     )
+
+
+def _rows(documents: Sequence[Document], layout: Layout) -> list[list[tuple[int, Document]]]:
+    """The (number, document) of each row; in the padded layout each response is its own row."""
+    numbered = list(enumerate(documents))
+    if layout == "packed":
+        return [numbered]
+    if layout == "tree":
+        return [[part] for part in numbered]
+    if layout == "padded":
+        return [[(n, Document(d.prefix, [suffix]))] for n, d in numbered for suffix in d.suffixes]
+    raise ValueError(f"collate: layout is {layout!r}, allowed are 'tree', 'packed', 'padded'")
 
 
 def plan_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """The global batches of an epoch, as indices of pairs: pairs of like length together, batches in random order.
+    """The global batches of an epoch, as indices of pairs: similar lengths together, random order.
 
-    Pairs are shuffled, sorted by length inside pools of ``POOL`` batches, cut into batches, and the batches are shuffled. What
-    does not fill a batch is a random remainder and comes last. Decided by (seed, epoch) alone, whatever the number of ranks.
+    Pairs are shuffled, sorted by length inside pools of ``POOL`` batches, cut into batches, and the
+    batches are shuffled. Pairs that do not fill a batch are a random remainder and come last. The
+    plan depends on (seed, epoch) alone, not on the number of ranks.
     """
     rng = random.Random(f"batches/{seed}/{epoch}")
     order = list(range(len(lengths)))
@@ -208,11 +188,11 @@ def split_batch(
     batch_tokens: int,
     layout: Layout = "tree",
 ) -> list[list[list[int]]]:
-    """``[rank][micro-batch][pair]``: a global batch cut for ``world`` ranks, each micro-batch within ``batch_tokens`` of rows.
+    """A global batch cut into micro-batches of at most ``batch_tokens``: ``[rank][micro-batch][pair]``.
 
-    Padding counts towards the tokens, and is kept small: pairs of like length share a micro-batch. Every rank gets as many
-    micro-batches, those of the same number are of like cost; where pairs run out a list is empty. A pair that is longer than
-    ``batch_tokens`` is a micro-batch of its own.
+    Padding counts as tokens and is kept small: pairs of similar length share a micro-batch. All
+    ranks have the same number of micro-batches, of similar cost; where pairs run out a list is
+    empty. A pair that is longer than ``batch_tokens`` is a micro-batch of its own.
     """
     parts = _cut(sorted(batch, key=lambda i: (-lengths[i], i)), lengths, batch_tokens, layout)
     while len(parts) % world:
@@ -232,9 +212,7 @@ def split_batch(
     ranks: list[list[list[int]]] = [[] for _ in range(world)]
     load = [0] * world
     for start in range(0, len(parts), world):
-        idlest = sorted(
-            range(world), key=lambda r: (load[r], r)
-        )  # the costliest of the next parts goes where least was given
+        idlest = sorted(range(world), key=lambda r: (load[r], r))  # gets the costliest next part
         for rank, part in zip(idlest, parts[start : start + world], strict=True):
             ranks[rank].append(part)
             load[rank] += cost(part, lengths, layout)
@@ -245,9 +223,7 @@ def _cut(
     ordered: list[int], lengths: Sequence[int], batch_tokens: int, layout: Layout
 ) -> list[list[int]]:
     """Consecutive parts within the budget, with the least padding plus ``PASS_COST`` for each part."""
-    best: list[tuple[float, int]] = [
-        (0, 0)
-    ]  # of the first n: total, and where the last part begins
+    best: list[tuple[float, int]] = [(0, 0)]  # of the first n: total, start of the last part
     for end in range(1, len(ordered) + 1):
         options = []
         for start in range(end - 1, -1, -1):
@@ -264,14 +240,10 @@ def _cut(
 
 
 def cost(part: Sequence[int], lengths: Sequence[int], layout: Layout) -> int:
-    """Tokens of the rows that some pairs make, padding included (``padded``: as if both responses were equally long)."""
-    if not part:
-        return 0
-    return (
-        sum(lengths[i] for i in part)
-        if layout == "packed"
-        else len(part) * max(lengths[i] for i in part)
-    )
+    """Tokens of the rows that pairs become, with padding (``padded``: for responses of equal length)."""
+    if layout == "packed":
+        return sum(lengths[i] for i in part)
+    return len(part) * max((lengths[i] for i in part), default=0)
 
 
 def wasted_share(

@@ -37,9 +37,20 @@ class ReadReport:
     )  # "FILE:9 contradicts FILE:3 (safer_response_id)"; the later is dropped
     notes: list[str] = field(default_factory=list)
 
+    def lines(self) -> list[str]:
+        """How the sets were read, for a log."""
+        return [f"note: {text}" for text in self.notes]
+
     def as_dict(self) -> dict[str, Any]:
         """For a run's JSON files."""
         return asdict(self) | {"dropped": dict(self.dropped)}
+
+
+def printable(text: str, limit: int | None = None) -> str:
+    """One line of text with control characters escaped, so that data cannot steer a terminal."""
+    plain = " ".join(text.split()) if limit else text
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in plain)
+    return plain if limit is None or len(plain) <= limit else plain[: limit - 3] + "..."
 
 
 class _Unusable(Exception):

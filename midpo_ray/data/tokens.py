@@ -1,34 +1,47 @@
-"""Texts into token ids: one prompt shared by both responses, counted truncation, BOS once, EOS only where nothing was cut."""
+"""Texts into token ids: a shared prompt, counted truncation, one BOS, EOS where nothing was cut."""
 
 from __future__ import annotations
 
+import datetime
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import jinja2
+
 from ..config import Data, digest
 from ..errors import UserError
-from .schema import Message, Pair, Prompt
+from .schema import Document, Message, Pair, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# The format of the MidPO paper's base models (Safe RLHF, arXiv 2310.12773). A response follows the colon without a space.
+# The format of the MidPO paper's base models (Safe RLHF, arXiv 2310.12773). A response follows the
+# colon without a space.
 PAPER_BEGIN, PAPER_TURN = "BEGINNING OF CONVERSATION: ", "USER: {prompt} ASSISTANT:"
 PAPER = PAPER_BEGIN + PAPER_TURN
+# Templates that print today's date get this one, so that token ids and scores do not depend on the
+# day. It is the date that Llama 3's own template falls back to.
+TEMPLATE_DATE = datetime.date(2024, 7, 26)
+_NOW = re.compile(r"strftime_now\s*\(")
+_NOW_LITERAL = re.compile(r"""strftime_now\s*\(\s*(['"])([^'"\\]*)\1\s*\)""")
+_PART = 1024  # texts per call of a tokenizer, which keeps far more than the ids in memory
 Ids = list[int]
 
 
 class Tokenization:
     """How a recipe's tokenizer and template turn prompts and responses into ids.
 
-    A prompt's ids are made apart from the response's, so that both responses of a pair have the same prefix. ``counts`` tells
-    what was cut or left out by the calls so far.
+    The ids of a prompt do not depend on the response, so both responses of a pair have the same
+    prefix. ``counts`` holds what the calls so far cut or dropped. ``dated`` is True where the chat
+    template prints a date, which is then fixed to ``TEMPLATE_DATE``.
 
     Raises:
-        UserError: a tokenizer without EOS, a template without {prompt}, ``chat`` where there is no chat template, or no room.
+        UserError: no EOS token, no {prompt} in the template, ``chat`` without a chat template, or
+            no room for a response.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
@@ -36,40 +49,43 @@ class Tokenization:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         if tokenizer.eos_token_id is None:
             raise UserError(
-                f"tokenizer {name}: it has no EOS token, which ends every response; set eos_token in its configuration"
+                f"tokenizer {name}: it has no EOS token, which ends every response; set eos_token "
+                "in its configuration"
             )
         self.bos: int | None = tokenizer.bos_token_id
         self.eos: int = tokenizer.eos_token_id
-        self.chat = data.template == "chat" or (
-            data.template == "auto" and bool(tokenizer.chat_template)
-        )
-        if self.chat and not tokenizer.chat_template:
+        own = bool(tokenizer.chat_template)
+        self.chat = data.template == "chat" or (data.template == "auto" and own)
+        if self.chat and not own:
             raise UserError(
-                f"data.template is chat, and the tokenizer {name} has no chat template: use paper or a text with {{prompt}}"
+                f"data.template is chat, and the tokenizer {name} has no chat template: use paper "
+                "or a text with {prompt}"
             )
+        own_template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+        self._fixed_template = _with_fixed_date(own_template, name) if self.chat else None
+        self.dated = self._fixed_template is not None
         self.template = PAPER if data.template in ("auto", "paper") else data.template
         if "{prompt}" not in self.template and not self.chat:
             raise UserError(
-                f"data.template is {data.template!r}, allowed are auto, chat, paper, or a text that holds {{prompt}}"
+                f"data.template is {data.template!r}, allowed are auto, chat, paper, or a text "
+                "that holds {prompt}"
             )
         self.max_length = data.max_length
         self.max_prompt_length = data.max_prompt_length or data.max_length // 2
         if self.max_prompt_length >= self.max_length:
             raise UserError(
-                f"data.max_prompt_length is {self.max_prompt_length}, which leaves no room for a response: it is to be below "
-                f"data.max_length, {self.max_length}"
+                f"data.max_prompt_length is {self.max_prompt_length}, which leaves no room for a "
+                f"response: it must be below data.max_length, {self.max_length}"
             )
         self.counts: Counter[str] = Counter()
         self._lead, self._gap = self._joint()
         self._lead_ids = self._encode([self._lead])[0] if self._lead else []
 
-    # What a caller asks for
-
     def prompt_ids(self, prompt: Prompt, source: str = "prompt") -> Ids:
-        """Ids of a prompt as training sees it: above ``max_prompt_length`` BOS and the end are kept, and it is counted.
+        """Ids of a prompt as in training; BOS and the end of a long one are kept, and counted.
 
         Raises:
-            UserError: longer than ``max_length``, unless ``long_prompts`` says truncate.
+            UserError: longer than ``max_length``, unless ``long_prompts`` is truncate.
         """
         ids = self._encode_prompts([prompt], [source])[0]
         bounded = self._bounded(ids, source)
@@ -79,82 +95,65 @@ class Tokenization:
 
     @cached_property
     def null_ids(self) -> Ids:
-        """What stands before a response for its unconditional log-probability: the template with an empty prompt, or BOS alone
-        (EOS where there is no BOS)."""
+        """The context of a response's unconditional log-probability: the template with an empty
+        prompt, or BOS alone (EOS where there is no BOS)."""
         alone = [self.eos if self.bos is None else self.bos]
         if self.data.null_context == "bos":
             return alone
-        return (
-            self._encode_prompts([(("user", ""),)], ["data.null_context template"])[0][
-                -self.max_prompt_length :
-            ]
-            or alone
-        )
+        ids = self._encode_prompts([(("user", ""),)], ["data.null_context template"])[0]
+        return ids[-self.max_prompt_length :] or alone
 
     def response_ids(self, text: str, room: int) -> tuple[Ids, bool]:
-        """At most ``room`` ids of a response, and whether it was cut; EOS ends it where it was not."""
+        """At most ``room`` ids of a response, and whether it was cut; else EOS ends it."""
         return self._end(self._encode_responses([text])[0], room)
 
-    def documents(self, pairs: Sequence[Pair]) -> list[tuple[Ids, list[Ids]] | None]:
-        """(prompt's ids, [response 0's ids, response 1's]) of each pair, every response at most ``max_length`` with its prompt.
+    def documents(self, pairs: Sequence[Pair]) -> list[Document | None]:
+        """Each pair's document, with prompt and response of at most ``max_length`` tokens.
 
-        None stands for a pair that is left out and counted: its prompt is longer than ``max_length`` and ``long_prompts`` is
-        drop, or its two responses are the same tokens.
+        A pair is dropped, counted and None here if its prompt is longer than ``max_length`` and
+        ``long_prompts`` is drop, or if its two responses are the same tokens.
 
         Raises:
-            UserError: a prompt longer than ``max_length`` where ``long_prompts`` is error, or a response of no tokens.
+            UserError: a prompt longer than ``max_length`` where ``long_prompts`` is error, or a
+                response without tokens.
         """
-        prompts = self._encode_prompts(
-            [pair.prompt for pair in pairs], [pair.source for pair in pairs]
-        )
+        sources = [pair.source for pair in pairs]
+        prompts = self._encode_prompts([pair.prompt for pair in pairs], sources)
         responses = self._encode_responses([text for pair in pairs for text in pair.responses])
-        made: list[tuple[Ids, list[Ids]] | None] = []
-        for i, (ids, pair) in enumerate(zip(prompts, pairs, strict=True)):
-            prefix = self._bounded(ids, pair.source)
-            made.append(
-                None
-                if prefix is None
-                else self._document(prefix, responses[2 * i : 2 * i + 2], pair.source)
-            )
-        return made
+        documents: list[Document | None] = []
+        for i, pair in enumerate(pairs):
+            prefix = self._bounded(prompts[i], pair.source)
+            answers = responses[2 * i : 2 * i + 2]
+            documents.append(None if prefix is None else self._document(prefix, answers, pair))
+        return documents
 
     @cached_property
     def fingerprint(self) -> str:
-        """32 hex digits of everything that decides the ids: template, tokenizer, lengths, null context."""
+        """32 hex digits of everything that decides the ids: template, tokenizer, lengths, null
+        context, and an example as it is rendered."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         content: Any = sorted(self.tokenizer.get_vocab().items())
         if backend is not None:
-            content = {
-                k: v
-                for k, v in json.loads(backend.to_str()).items()
-                if k not in ("truncation", "padding")
-            }
+            content = json.loads(backend.to_str())
+            content.pop("truncation", None)
+            content.pop("padding", None)
         template = self.tokenizer.chat_template if self.chat else self.template
-        return digest(
-            content,
-            template,
-            self.bos,
-            self.eos,
-            self.max_length,
-            self.max_prompt_length,
-            self.null_ids,
-        )
+        example = self._render([("user", "x"), ("assistant", "y"), ("user", "z")], "chat template")
+        lengths = (self.max_length, self.max_prompt_length)
+        return digest(content, template, self.bos, self.eos, *lengths, self.null_ids, example)
 
     def template_ids(self, prompt: Prompt) -> Ids:
-        """Ids of the same turns with nothing said in them: which special tokens are the template's own."""
+        """Ids of the same turns with the text "x": which special tokens are the template's own."""
         return self._encode_prompts([tuple((role, "x") for role, _ in prompt)], ["template"])[0]
 
-    # How it is done
-
-    def _document(
-        self, prefix: Ids, answers: Sequence[Ids], source: str
-    ) -> tuple[Ids, list[Ids]] | None:
+    def _document(self, prefix: Ids, answers: Sequence[Ids], pair: Pair) -> Document | None:
         suffixes = []
         cuts = 0
         for number, answer in enumerate(answers):
             if not answer:
                 raise UserError(
-                    f"{source}: response {number} has no tokens, a text that the tokenizer knows is expected"
+                    f"{pair.source}: response {number} has no tokens, a text that the tokenizer "
+                    "knows is expected"
                 )
             ids, cut = self._end(answer, self.max_length - len(prefix))
             suffixes.append(ids)
@@ -164,10 +163,11 @@ class Tokenization:
             return None
         if cuts:
             self.counts["responses cut"] += cuts
-        return prefix, suffixes
+        return Document(prefix, suffixes, pair.keys)
 
     def _bounded(self, ids: Ids, source: str) -> Ids | None:
-        if len(ids) <= self.max_prompt_length:
+        room = self.max_prompt_length
+        if len(ids) <= room:
             return ids
         if len(ids) > self.max_length and self.data.long_prompts != "truncate":
             if self.data.long_prompts == "error":
@@ -175,44 +175,37 @@ class Tokenization:
             self.counts["prompt longer than max_length"] += 1
             return None
         self.counts["prompts cut"] += 1
-        if (
-            self.bos is not None and ids[0] == self.bos and self.max_prompt_length > 1
-        ):  # BOS stays in front (ours)
-            return [self.bos, *ids[-(self.max_prompt_length - 1) :]]
-        return ids[-self.max_prompt_length :]
+        if self.bos is not None and ids[0] == self.bos and room > 1:  # BOS is kept (ours)
+            return [self.bos, *ids[1 - room :]]
+        return ids[-room:]
 
     def _too_long(self, source: str, length: int) -> str:
         return (
-            f"{source}: the prompt has {length} tokens, data.max_length is {self.max_length}: raise it, or set "
-            "data.long_prompts to truncate or drop"
+            f"{source}: the prompt has {length} tokens, data.max_length is {self.max_length}: "
+            "raise it, or set data.long_prompts to truncate or drop"
         )
 
     def _end(self, ids: Ids, room: int) -> tuple[Ids, bool]:
         return ([*ids, self.eos], False) if len(ids) < room else (ids[:room], True)
 
     def _encode_prompts(self, prompts: Sequence[Prompt], sources: Sequence[str]) -> list[Ids]:
-        render = self._render_chat if self.chat else self._render_plain
-        texts = [render(prompt, source) for prompt, source in zip(prompts, sources, strict=True)]
-        many = self._encode(texts)
+        pairs = zip(prompts, sources, strict=True)
+        many = self._encode([self._render(prompt, source) for prompt, source in pairs])
         if self.bos is None:
             return many
-        for i, ids in enumerate(
-            many
-        ):  # BOS once: a chat template says itself where it stands, a plain one gets it in front
+        for i, ids in enumerate(many):
             while ids[:2] == [self.bos, self.bos]:
                 del ids[0]
-            if not self.chat and ids[:1] != [self.bos]:
+            if not self.chat and ids[:1] != [self.bos]:  # a chat template has its own BOS or none
                 many[i] = [self.bos, *ids]
         return many
 
     def _encode_responses(self, texts: Sequence[str]) -> list[Ids]:
-        """Ids of responses as they follow a template; a special token's name in a response is plain text and ends nothing."""
+        """Ids of responses as they follow a template; names of special tokens are plain text."""
         many = self._encode([self._lead + self._gap + text for text in texts], plain=True)
         skip = len(self._lead_ids)
         for i, ids in enumerate(many):
-            if (
-                ids[:skip] != self._lead_ids
-            ):  # the lead grew together with the response's first character
+            if ids[:skip] != self._lead_ids:  # the lead merged with the response's first character
                 many[i] = self._encode([self._gap + texts[i]], plain=True)[0]
             elif skip:
                 many[i] = ids[skip:]
@@ -220,12 +213,9 @@ class Tokenization:
 
     def _encode(self, texts: Sequence[str], plain: bool = False) -> list[Ids]:
         many: list[Ids] = []
-        for start in range(
-            0, len(texts), 1024
-        ):  # bounded memory: the tokenizer keeps far more than ids of what it is given
-            part = list(texts[start : start + 1024])
+        for start in range(0, len(texts), _PART):
             many += self.tokenizer(
-                part,
+                list(texts[start : start + _PART]),
                 add_special_tokens=False,
                 return_attention_mask=False,
                 verbose=False,
@@ -234,51 +224,65 @@ class Tokenization:
         return many
 
     def _joint(self) -> tuple[str, str]:
-        """(lead, gap), so that a response alone gets the ids that it has behind its template.
+        """(lead, gap): a response alone gets the ids that it has behind its template.
 
-        A tokenizer of the SentencePiece kind puts a space before any text. Where it does, responses are tokenised behind the
-        lead, the template's last character, which is then taken off. The gap is white space that a chat template has before an
-        answer.
+        Tokenizers like SentencePiece put a space before any text. Then responses are tokenised
+        behind the lead, the template's last character, whose ids are taken off. The gap is the
+        white space that a chat template has before an answer.
         """
         first = self.tokenizer.convert_ids_to_tokens(self._encode(["a"])[0][:1])
         spaced = bool(first) and first[0].startswith(("▁", "Ġ"))
         if not self.chat:
-            return (
-                self.template[-1] if spaced and not self.template.endswith("{prompt}") else ""
-            ), ""
+            lead = spaced and not self.template.endswith("{prompt}")
+            return (self.template[-1] if lead else ""), ""
         question: Prompt = (("user", "question"),)
-        asked = self._render_chat(question, "chat template")
-        answered = self._render_chat(
-            (*question, ("assistant", "answer")), "chat template", ask=False
-        )
-        gap = (
-            answered[len(asked) : answered.find("answer", len(asked))]
-            if answered.startswith(asked)
-            else ""
-        )
+        asked = self._render(question, "chat template")
+        answer = (*question, ("assistant", "answer"))
+        answered = self._render(answer, "chat template", ask=False)
+        gap = ""
+        if answered.startswith(asked):
+            gap = answered[len(asked) : answered.find("answer", len(asked))]
         return (asked[-1:].strip() if spaced else ""), ("" if gap.strip() else gap)
 
-    def _render_chat(self, prompt: Sequence[Message], source: str, ask: bool = True) -> str:
-        from jinja2 import TemplateError
-
+    def _render(self, prompt: Sequence[Message], source: str, ask: bool = True) -> str:
+        if not self.chat:
+            own = self.template == PAPER
+            begin, turn = (PAPER_BEGIN, PAPER_TURN) if own else ("", self.template)
+            return render_plain(prompt, begin, turn, self.tokenizer.eos_token)
         messages = [{"role": role, "content": content} for role, content in prompt]
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=ask
-            )  # type: ignore[return-value]
-        except TemplateError as error:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages,
+                    tokenize=False,
+                    add_generation_prompt=ask,
+                    chat_template=self._fixed_template,
+                )
+            )
+        except jinja2.TemplateError as error:
             raise UserError(
                 f"{source}: the chat template does not take this conversation ({error})"
             ) from None
 
-    def _render_plain(self, prompt: Sequence[Message], source: str) -> str:
-        """Turn by turn, an answer ended by EOS as in Safe RLHF; a system message goes before the first question (ours)."""
-        begin, turn = (PAPER_BEGIN, PAPER_TURN) if self.template == PAPER else ("", self.template)
-        return render_plain(prompt, begin, turn, self.tokenizer.eos_token)
+
+def _with_fixed_date(template: str, name: str) -> str | None:
+    """The template with the calls of ``strftime_now`` replaced by a fixed date; None without any."""
+    if not _NOW.search(template):
+        return None
+    fixed = _NOW_LITERAL.sub(lambda call: repr(TEMPLATE_DATE.strftime(call[2])), template)
+    if _NOW.search(fixed):
+        raise UserError(
+            f"tokenizer {name}: its chat template computes today's date from an expression, so that "
+            "scores would depend on the day; use a fixed date there, or set data.template"
+        )
+    return fixed
 
 
 def render_plain(prompt: Sequence[Message], begin: str, turn: str, eos: str) -> str:
-    """A conversation up to the response: each question in ``turn``, each answer ended by ``eos``."""
+    """A conversation up to the response: each question in ``turn``, each answer ended by ``eos``.
+
+    A system message goes before the next question (ours).
+    """
     text, before = begin, ""
     for role, content in prompt:
         if role == "system":

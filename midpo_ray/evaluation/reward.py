@@ -18,7 +18,7 @@ import pyarrow as pa
 from ..config import SCORES, Config, Scorer, digest
 from ..data.batching import Document
 from ..data.schema import Pair, prompt_key
-from ..data.views import is_validation
+from ..data.selection import is_validation
 from ..errors import UserError
 from ..metrics import describe_score_metrics, score_metrics
 from ..pipeline import cluster
@@ -219,7 +219,12 @@ def _measure(
     held_out = [row for row in rows if row.held_out]
     pairs = [row.pair for row in held_out]
     documents = [
-        (r.document.prefix, [r.document.suffixes[i != r.chosen] for i in (0, 1)]) for r in held_out
+        Document(
+            r.document.prefix,
+            [r.document.suffixes[i != r.chosen] for i in (0, 1)],
+            r.pair.keys,
+        )
+        for r in held_out
     ]
     items, fingerprints = distinct_items(pairs, documents), {kind: scorer_id(scorer)}
     scored = score(

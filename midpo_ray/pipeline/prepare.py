@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import Config, digest
-from ..data.schema import Pair
+from ..data.schema import Document, Pair
 from ..errors import UserError
 from ..storage import Storage
 from .plan import BUILTIN, scorer_id
@@ -21,9 +21,7 @@ class Prepared:
     """Tokenised pairs, and the fingerprint under which each signal is cached."""
 
     pairs: list[Pair]
-    documents: list[
-        tuple[list[int], list[list[int]]]
-    ]  # (prompt's ids, each response's ids), one a pair
+    documents: list[Document]  # one per pair
     null_ids: list[int]
     fingerprints: dict[str, str]
     summary: dict[str, Any]
@@ -87,7 +85,7 @@ def check_model(config: Config, scorers: bool = True) -> None:
 def read_and_tokenise(config: Config, say: Say) -> Prepared:
     """All pairs, read, checked and tokenised, once."""
     from ..data.read import read_pairs
-    from ..data.tokens import Tokenization
+    from ..data.tokens import TEMPLATE_DATE, Tokenization
     from ..models.base import load_tokenizer, model_fingerprint
 
     pairs, report = read_pairs(config.data.sets, seed=config.seed)
@@ -98,6 +96,8 @@ def read_and_tokenise(config: Config, say: Say) -> Prepared:
         raise UserError(
             f"{config.data.sets[0].path}: no row is left after tokenising ({dict(tokenization.counts)})"
         )
+    for line in report.lines():
+        say(f"data: {line}")
     left_out = {**report.dropped, **tokenization.counts}
     summary = {
         "rows": report.rows,
@@ -107,6 +107,8 @@ def read_and_tokenise(config: Config, say: Say) -> Prepared:
         "pairs": len(kept),
     }
     say(f"data: {len(kept)} pairs" + "".join(f", {v} {k}" for k, v in left_out.items() if v))
+    if tokenization.dated:
+        say(f"data: the chat template prints a date, which is fixed to {TEMPLATE_DATE}")
     base = model_fingerprint(config.model.path, config.model.revision)
     fingerprints = {LOGP: digest(base, config.model.dtype, tokenization.fingerprint)}
     for signal in ("reward", "cost"):

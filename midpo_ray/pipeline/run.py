@@ -93,7 +93,7 @@ class _Job:
 
     def prepare(self) -> None:
         """All that can fail for a user's fault is tried before Ray starts."""
-        from ..data.views import require, select
+        from ..data.selection import require, select
         from .prepare import check_model, read_and_tokenise, resolve
         from .signals import view_of
 

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from ..config import SCORES, Config, digest
-from ..data.schema import Pair, response_key
+from ..data.schema import Document, Pair
 from ..errors import UserError
 from ..storage import Storage
 from .signals import Scored, read_table, write_table
@@ -119,17 +119,14 @@ def score(
     return Scored(list(pairs), rows)
 
 
-def distinct_items(
-    pairs: Iterable[Pair], documents: Iterable[tuple[list[int], list[list[int]]]]
-) -> list[Item]:
-    """One item a distinct (prompt, response); ``documents`` are the pairs' tokens, in the same order."""
-    found: dict[str, Item] = {}
-    for pair, (prompt_ids, responses) in zip(pairs, documents, strict=True):
-        for number in (0, 1):
-            key = response_key(pair.prompt, pair.responses[number])
-            if key not in found:
-                found[key] = Item(key, pair, number, prompt_ids, responses[number])
-    return list(found.values())
+def distinct_items(pairs: Iterable[Pair], documents: Iterable[Document]) -> list[Item]:
+    """One item per distinct (prompt, response); ``documents`` are the pairs', in the same order."""
+    items: dict[str, Item] = {}
+    for pair, document in zip(pairs, documents, strict=True):
+        for number, (key, ids) in enumerate(zip(document.keys, document.suffixes, strict=True)):
+            if key not in items:
+                items[key] = Item(key, pair, number, document.prefix, ids)
+    return list(items.values())
 
 
 def _from_column(item: Item, column: str) -> float:
@@ -345,7 +342,7 @@ class LogProbs:
     def __call__(self, groups: list[dict[str, Any]]) -> list[tuple[float, ...]]:
         import torch
 
-        from ..data.batching import Document, collate, split_batch
+        from ..data.batching import collate, split_batch
 
         responses = [[r["ids"] for r in g["responses"]] for g in groups]
         sides = []

@@ -19,7 +19,7 @@ import torch
 
 from ..config import Config, Objective
 from ..data.schema import Pair, response_key
-from ..data.views import Choice, is_validation, require, select
+from ..data.selection import Selected, is_validation, require, select
 from ..errors import UserError
 from ..objectives import (
     balance_weights,
@@ -101,7 +101,7 @@ def pairs_of(config: Config, stage: str) -> str:
 
 
 def view_of(config: Config, stage: str) -> str:
-    """The view of the data (``data.views``) that a stage trains on."""
+    """The view of the data (``data.selection``) that a stage trains on."""
     return {"own": stage, "mixed": "mixed", "dual": config.router.rule}[pairs_of(config, stage)]
 
 
@@ -223,7 +223,7 @@ def _column(rows: Sequence[dict[str, Any]], name: str) -> torch.Tensor:
 
 
 def _summary(
-    choices: Sequence[Choice],
+    choices: Sequence[Selected],
     dropped: Counter[str],
     validation: Sequence[bool],
     chosen: Sequence[dict[str, Any]],

@@ -14,6 +14,7 @@ from midpo_ray.data import (
     read_pairs,
     require,
     response_key,
+    risk_of_prompts,
     select,
 )
 from midpo_ray.errors import UserError
@@ -33,7 +34,7 @@ def scores(*rows):
 
 
 @pytest.mark.parametrize(
-    ("view", "labels", "verdict"),
+    ("rule", "labels", "verdict"),
     [
         ("safety", {"safe": (True, False), "safer": 0}, 0),
         ("safety", {"safe": (False, True), "safer": 1}, 1),
@@ -56,17 +57,24 @@ def scores(*rows):
             "the better and safer one is not safe",
         ),
         ("pareto_labels", {"safe": (True, True), "better": 0}, "no safer_response_id"),
+        ("safe_first", {"safe": (True, False), "better": 1, "safer": 1}, 0),
+        ("safe_first", {"safe": (False, True)}, 1),
+        ("safe_first", {"safe": (True, True), "better": 1, "safer": 0}, 1),
+        ("safe_first", {"safe": (True, True), "safer": 0}, "no better_response_id"),
+        ("safe_first", {"safe": (False, False), "better": 1, "safer": 0}, "both unsafe"),
+        ("safe_first", {"safe": (None, True), "better": 1}, "no is_response_0_safe"),
+        ("safe_first", {"safe": (True, None), "better": 1}, "no is_response_1_safe"),
     ],
 )
-def test_label_views(view, labels, verdict):
-    choices, dropped = select([pair(**labels)], view)
+def test_label_rules(rule, labels, verdict):
+    choices, dropped = select([pair(**labels)], rule)
     assert (choices, dropped) == (
         ([], {verdict: 1}) if isinstance(verdict, str) else ([(0, verdict)], {})
     )
 
 
 @pytest.mark.parametrize(
-    ("view", "rewards", "costs", "verdict"),
+    ("rule", "rewards", "costs", "verdict"),
     [
         ("ranked", (0, 0), (-1, -2), 1),
         ("ranked", (0, 0), (-3, -2), 0),
@@ -81,8 +89,8 @@ def test_label_views(view, labels, verdict):
         ("pareto", (float("nan"), 1), (-2, -1), "no reward"),
     ],
 )
-def test_scored_views(view, rewards, costs, verdict):
-    choices, dropped = select([pair()], view, scores((rewards, costs)))
+def test_score_rules(rule, rewards, costs, verdict):
+    choices, dropped = select([pair()], rule, scores((rewards, costs)))
     assert (choices, dropped) == (
         ([], {verdict: 1}) if isinstance(verdict, str) else ([(0, verdict)], {})
     )
@@ -123,6 +131,31 @@ def test_no_row_left_tells_why():
     ):
         require(choices, dropped, "safety")
     require([(0, 0)], dropped, "safety")
+
+
+def test_risk_of_prompts():
+    pairs = [
+        pair(0, safe=(True, True)),
+        pair(0, safe=(None, False)),  # another pair of the same prompt is unsafe
+        pair(1, safe=(True, None)),
+        pair(2),
+        pair(3, safe=(True, None)),
+        pair(4, safe=(None, None)),
+        pair(5, safe=(True, True)),
+    ]
+    prompts = [pair(i).prompt for i in range(6)]
+    assert risk_of_prompts(pairs) == {prompts[0]: 1, prompts[1]: 0, prompts[3]: 0, prompts[5]: 0}
+    costs = {
+        pairs[4].keys[1]: 0.5,  # no label: unsafe
+        pairs[5].keys[0]: -1.0,
+        pairs[5].keys[1]: 0.0,  # at 0 it is not unsafe
+        pairs[6].keys[0]: 9.0,  # the label wins
+        pairs[3].keys[0]: None,
+        pairs[3].keys[1]: float("nan"),
+    }
+    expected = {prompts[0]: 1, prompts[1]: 0, prompts[3]: 1, prompts[4]: 0, prompts[5]: 0}
+    assert risk_of_prompts(iter(pairs), costs) == expected
+    assert risk_of_prompts([]) == {}
 
 
 def test_held_out_share_hangs_on_the_prompt_alone():
