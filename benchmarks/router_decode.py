@@ -73,11 +73,12 @@ def contenders(model: config.Model, scratch: Path) -> dict[str, Any]:
 def decoder(model: Any, ids: torch.Tensor) -> Callable[[], float]:
     """A call decodes one token greedily behind a cache, and gives its seconds."""
     made = model.eval()(input_ids=ids, use_cache=True)
-    state = {"token": made.logits[:, -1:].argmax(-1), "cache": made.past_key_values}
+    name = "cache" if "cache" in made else "past_key_values"  # by transformers' version
+    state = {"token": made.logits[:, -1:].argmax(-1), "cache": made[name]}
 
     def step() -> float:
         start = time.perf_counter()
-        made = model(input_ids=state["token"], past_key_values=state["cache"], use_cache=True)
+        made = model(input_ids=state["token"], use_cache=True, **{name: state["cache"]})
         state["token"] = made.logits[:, -1:].argmax(-1)
         return time.perf_counter() - start
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaModel
 
 from midpo_ray.config import Data, DataSet, Model, Router
 from midpo_ray.models.assembly import route
 
+# the name of a forward's cache, which differs between transformers' versions
+NAMES = inspect.signature(LlamaModel.forward).parameters
+CACHE = "cache" if "cache" in NAMES else "past_key_values"
 DATA = Data(sets=(DataSet(path="none"),), template="paper")
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from contextvars import copy_context
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from routing_world import make_adapter, make_run, padded, peft_logits, routed_of, tokens
+from routing_world import CACHE, make_adapter, make_run, padded, peft_logits, routed_of, tokens
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -22,7 +27,8 @@ from transformers import (
 from midpo_ray.data.batching import Document, collate
 from midpo_ray.errors import UserError
 from midpo_ray.models import ResponseLogProbs
-from midpo_ray.models.router import RoutedLinear, Routing, fold_gate, make_gate, row_anchors
+from midpo_ray.models.router import RoutedLinear, fold_gate, make_gate
+from midpo_ray.models.routing import Routing, row_anchors
 from midpo_ray.objectives import gate_prior
 
 SHAPE = {
@@ -169,7 +175,7 @@ def test_cached_decoding_is_one_full_forward(run_dir, scope, side):
                 tails[:, step : step + 1],
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=out.past_key_values,
+                **{CACHE: out[CACHE]},
             )
 
 
@@ -178,18 +184,18 @@ def test_gates_travel_with_the_cache(run_dir):
     routed, first, second = routed_of(run_dir), tokens(1, 6, 1), tokens(1, 6, 2)
     step = tokens(1, 1, 3)
     with torch.no_grad():
-        one, two = (routed(x, use_cache=True).past_key_values for x in (first, second))
-        mixed = [routed(step, past_key_values=cache).logits for cache in (one, two)]
+        one, two = (routed(x, use_cache=True)[CACHE] for x in (first, second))
+        mixed = [routed(step, **{CACHE: cache}).logits for cache in (one, two)]
         for ids, logits in zip((first, second), mixed, strict=True):
             alone = routed(torch.cat([ids, step], 1), prompt_lengths=[6]).logits[:, -1:]
             torch.testing.assert_close(logits, alone, atol=1e-5, rtol=0)
         held = [gates.clone() for gates in one.routing_gates.values()]
-        routed(tokens(1, 4, 5), past_key_values=one)
+        routed(tokens(1, 4, 5), **{CACHE: one})
         assert all(
             not torch.equal(a, b) for a, b in zip(held, one.routing_gates.values(), strict=True)
         )
         with pytest.raises(RuntimeError, match="1 rows"):
-            routed(tokens(2, 1), past_key_values=one)
+            routed(tokens(2, 1), **{CACHE: one})
 
 
 @pytest.mark.parametrize("scope", ["last", "token"])
@@ -251,13 +257,15 @@ def tree_batch() -> SimpleNamespace:
 
 
 def run_tree(routed, batch):
-    with routed.anchored(batch):
-        return routed(
+    """(logits, recorded gates) of a batch."""
+    with routed.anchored(batch) as recorded:
+        logits = routed(
             batch.input_ids,
             attention_mask=batch.mask,
             position_ids=batch.position_ids,
             use_cache=False,
         ).logits
+    return logits, recorded
 
 
 @pytest.mark.parametrize("scope", ["last", "token"])
@@ -265,7 +273,7 @@ def test_a_tree_is_two_rows(run_dir, scope):
     """One row a pair gives what a row for each response gives, and both responses share the prompt's decision."""
     routed, batch = routed_of(run_dir, scope=scope), tree_batch()
     with torch.no_grad():
-        logits = run_tree(routed, batch)
+        logits, _ = run_tree(routed, batch)
         for row, prompt in ((0, 4), (1, 3)):
             for branch in (1, 2):
                 where = [
@@ -286,8 +294,8 @@ def test_the_prior_sees_the_gates_that_were_used(run_dir, scope):
     seen: dict[int, torch.Tensor] = {}
     for layer in routed.layers.values():
         layer.register_forward_hook(lambda module, args, out: seen.update({module.layer: args[0]}))
-    run_tree(routed, batch)
-    safety, helpfulness, mask = routed.recorded_gates()
+    _, recorded = run_tree(routed, batch)
+    safety, helpfulness, mask = recorded.gates()
     prior = gate_prior(safety, helpfulness, mask)
     total, count = 0.0, 0
     for layer in routed.layers.values():
@@ -302,10 +310,10 @@ def test_the_prior_sees_the_gates_that_were_used(run_dir, scope):
     assert float(prior.detach()) == pytest.approx(total / count, rel=1e-5)
     noisy = SimpleNamespace(**{**vars(batch), "input_ids": batch.input_ids.clone()})
     noisy.input_ids[1, 7:] = 5  # other padding
-    run_tree(routed, noisy)
-    torch.testing.assert_close(gate_prior(*routed.recorded_gates()), prior)
-    with pytest.raises(RuntimeError, match="anchored"):
-        routed.recorded_gates()
+    _, recorded = run_tree(routed, noisy)
+    torch.testing.assert_close(gate_prior(*recorded.gates()), prior)
+    with pytest.raises(RuntimeError, match="anchored"), routed.anchored(batch) as recorded:
+        recorded.gates()
 
 
 @pytest.mark.parametrize("kind", ["linear", "bottleneck", "mlp"])
@@ -321,8 +329,8 @@ def test_gradient_checkpointing_agrees(run_dir, kind, scope):
             routed.gradient_checkpointing_enable()
         losses, recorded = [], []
         for batch in batches:
-            logits = run_tree(routed, batch)
-            recorded.append(routed.recorded_gates())
+            logits, newest = run_tree(routed, batch)
+            recorded.append(newest.gates())
             losses.append(logits.log_softmax(-1)[..., 7].mean() + gate_prior(*recorded[-1]))
         for loss in losses:
             loss.backward()
@@ -349,9 +357,9 @@ def test_log_probabilities_in_every_layout(run_dir, scope):
         policy, batch = ResponseLogProbs(routed.model), collate(documents, layout)
         if checkpointing:
             routed.gradient_checkpointing_enable()
-        with routed.anchored(batch):
+        with routed.anchored(batch) as recorded:
             log_probabilities = policy(batch)
-        prior = gate_prior(*routed.recorded_gates())
+        prior = gate_prior(*recorded.gates())
         (log_probabilities[0::2] - log_probabilities[1::2]).sum().backward()
         grads = {n: p.grad for n, p in routed.named_parameters() if p.grad is not None}
         results.append((log_probabilities.detach(), grads, prior.detach()))
@@ -366,7 +374,7 @@ def test_log_probabilities_in_every_layout(run_dir, scope):
 def test_foreign_checkpointing_is_refused(run_dir):
     routed, batch = routed_of(run_dir).train(), tree_batch()
     routed.model.gradient_checkpointing_enable({"use_reentrant": False})
-    logits = run_tree(routed, batch)
+    logits, _ = run_tree(routed, batch)
     with pytest.raises(RuntimeError, match=r"RoutedCausalLM\.gradient_checkpointing_enable"):
         logits.sum().backward()
 
@@ -375,7 +383,7 @@ def test_a_mask_without_anchors_is_refused(run_dir):
     routed, batch = routed_of(run_dir), tree_batch()
     with pytest.raises(RuntimeError, match="anchored"):
         routed(batch.input_ids, attention_mask=batch.mask)
-    with pytest.raises(RuntimeError, match="anchors given"), routed.anchored(batch):
+    with pytest.raises(RuntimeError, match="the anchors are for"), routed.anchored(batch):
         routed(tokens(1, 3))
 
 
@@ -385,7 +393,7 @@ def test_gate_gradient_is_the_finite_difference(scope):
     routing = Routing(scope)
     experts = [(torch.randn(r, 6), torch.randn(5, r), 2.0) for r in (2, 3)]
     layer = RoutedLinear(
-        nn.Linear(6, 5).double().requires_grad_(False), experts, make_gate("linear", 6), routing, 0
+        nn.Linear(6, 5).double().requires_grad_(False), experts, make_gate("linear", 6), 0
     )
     h, out_weight = (
         torch.randn(2, 4, 6, dtype=torch.float64),
@@ -395,10 +403,11 @@ def test_gate_gradient_is_the_finite_difference(scope):
     nn.init.normal_(layer.gate.bias)
 
     def value(w: torch.Tensor) -> torch.Tensor:
-        routing.anchors = row_anchors((2, 4), None, h.device, lengths=torch.tensor([2, 3]))
-        routing.begin(layer, (h[..., 0],), {})
-        out = torch.func.functional_call(layer, {"gate.weight": w}, (h,))
-        routing.end(layer, (), {}, out)
+        anchors = row_anchors((2, 4), None, h.device, lengths=torch.tensor([2, 3]))
+        with routing.request(anchors=anchors):
+            routing.begin(layer, (h[..., 0],), {})
+            out = torch.func.functional_call(layer, {"gate.weight": w}, (h,))
+            routing.end(layer, (), {}, out)
         return (out * out_weight).sum()
 
     assert torch.autograd.gradcheck(value, (weight.requires_grad_(),), eps=1e-6, atol=1e-8)
@@ -428,3 +437,114 @@ def test_is_usable_as_a_causal_lm(run_dir):
     assert routed.generation_config.pad_token_id == 0
     with pytest.raises(UserError, match="no tokenizer"):
         routed.routing(["hi"])
+
+
+def in_threads(*tasks) -> None:
+    """Run the tasks at once; what one of them raises is raised here."""
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        for done in [pool.submit(task) for task in tasks]:
+            done.result()
+
+
+@pytest.mark.parametrize("scope", ["last", "token"])
+def test_two_threads_get_their_own_logits(run_dir, scope):
+    """Passes of other lengths, forced gates and generation at once equal those one by one."""
+    routed = routed_of(run_dir, scope=scope)
+    inputs = [tokens(2, 7), tokens(2, 31)]
+    forced = [nullcontext, partial(routed.force_gates, 1, 0)]
+    generate = partial(
+        routed.generate, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+
+    def logits(i: int) -> torch.Tensor:
+        with torch.no_grad(), forced[i]():
+            return routed(input_ids=inputs[i]).logits
+
+    expected, answers = [logits(i) for i in (0, 1)], [generate(ids) for ids in inputs]
+    assert not torch.equal(answers[0][:, 7:], answers[1][:, 31:])
+
+    def passes(i: int) -> None:
+        for number in range(400):
+            assert torch.equal(logits(i), expected[i]), (i, number)
+        for _ in range(5):
+            assert torch.equal(generate(inputs[i]), answers[i])
+
+    in_threads(partial(passes, 0), partial(passes, 1))
+
+
+def test_forced_gates_hold_in_one_thread(run_dir):
+    """A thread starts without them, unless it runs in a copy of the context."""
+    routed, ids = routed_of(run_dir), tokens(1, 5)
+    logits = torch.no_grad()(lambda: routed(input_ids=ids).logits)
+    own = logits()
+    with routed.force_gates(1, 0), ThreadPoolExecutor(1) as pool:
+        forced = logits()
+        assert torch.equal(pool.submit(logits).result(), own)
+        assert torch.equal(pool.submit(copy_context().run, logits).result(), forced)
+        with routed.force_gates(0, 1):
+            assert not torch.equal(logits(), forced)
+        assert torch.equal(logits(), forced)
+    assert torch.equal(logits(), own)
+
+
+def test_forced_gates_are_of_one_model(run_dir):
+    one, other, ids = routed_of(run_dir), routed_of(run_dir, scope="token"), tokens(1, 5)
+    with torch.no_grad():
+        own = other(input_ids=ids).logits
+        with one.force_gates(1, 0), other.force_gates(0, 1), one.force_gates(0, 0):
+            pass
+        with one.force_gates(1, 0):
+            assert torch.equal(other(input_ids=ids).logits, own)
+
+
+@pytest.mark.parametrize("scope", ["last", "token"])
+def test_backward_in_other_threads(run_dir, scope):
+    """Checkpointed backward passes in threads that ran no forward have the forward's gates."""
+    batches = [tree_batch(), tree_batch()]
+    batches[1].anchor_index = torch.tensor([1, 10])
+    gradients = []
+    for threads in (False, True):
+        models = [routed_of(run_dir, scope=scope).train() for _ in batches]
+        losses = []
+        for routed, batch in zip(models, batches, strict=True):
+            routed.gradient_checkpointing_enable()
+            logits, recorded = run_tree(routed, batch)
+            losses.append(logits.square().mean() + gate_prior(*recorded.gates()))
+        run = in_threads if threads else lambda *tasks: [task() for task in tasks]
+        run(*[loss.backward for loss in losses])
+        gradients.append(
+            [p.grad for m in models for p in m.parameters() if p.grad is not None],
+        )
+    assert gradients[0]
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_gates_of_forced_decoding_steps(run_dir):
+    """A decoding step may be forced; the cache keeps the prompt's gates."""
+    routed, ids, step = routed_of(run_dir), tokens(2, 6), tokens(2, 1, 3)
+    with torch.no_grad():
+        plain = routed(torch.cat([ids, step], 1), prompt_lengths=[6, 6]).logits[:, -1:]
+        cache = routed(ids, use_cache=True)[CACHE]
+        kept = copy.deepcopy(cache)
+        with routed.force_gates(0, 0):
+            forced = routed(step, **{CACHE: cache}).logits
+        assert not torch.allclose(forced, plain, atol=1e-3)
+        torch.testing.assert_close(routed(step, **{CACHE: kept}).logits, plain, atol=1e-5, rtol=0)
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(cache.routing_gates.values(), kept.routing_gates.values(), strict=True)
+        )
+
+
+def test_answer_ends_at_any_end_token(run_dir, byte_tokenizer):
+    routed = routed_of(run_dir, byte_tokenizer)
+    whole = routed.answer("hi", max_new_tokens=12)
+    ids = routed.tokenization.prompt_ids((("user", "hi"),))
+    out = routed.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, pad_token_id=0)
+    made = out[0, len(ids) :].tolist()
+    end = next(i for i, token in enumerate(made) if i > 3 and token not in made[:i])
+    routed.generation_config.eos_token_id = [2, made[end]]
+    short = routed.answer("hi", max_new_tokens=12)
+    assert short == byte_tokenizer.decode(made[:end], skip_special_tokens=True)
+    assert whole.startswith(short)
+    assert whole != short

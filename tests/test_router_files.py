@@ -49,7 +49,7 @@ def test_save_and_load(run_dir, tmp_path, byte_tokenizer, kind, scope):
     assert not any(p.requires_grad for p in again.parameters())
     assert again.data.template == "paper"
     half = load_routed(tmp_path, dtype="bfloat16")
-    assert half.dtype == torch.bfloat16 == next(iter(half.layers.values())).low.dtype
+    assert half.dtype == torch.bfloat16 == next(iter(half.layers.values())).lora_A.dtype
     assert half(ids).logits.dtype == torch.bfloat16
     ours, theirs = (
         again.routing(["hello", "a longer prompt"]),

@@ -141,11 +141,11 @@ class Routed:
         @contextmanager
         def anchored():
             self.batch = batch
-            yield
+            yield self
 
         return anchored()
 
-    def recorded_gates(self) -> tuple[Tensor, Tensor, Tensor]:
+    def gates(self) -> tuple[Tensor, Tensor, Tensor]:
         gates = torch.sigmoid(self.weight)[:, :, self.batch.input_ids]
         return gates[0], gates[1], self.batch.document_ids >= 0
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..config import EXPERTS, Data, Model, Router
 from ..errors import UserError
 from .routed import RoutedCausalLM, template_data
-from .router import RoutedLinear, Routing, fold_gate, make_gate
+from .router import RoutedLinear, fold_gate, make_gate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -166,7 +166,7 @@ def _assemble(
         )
     model.requires_grad_(False)
     modules = dict(model.named_modules())
-    context, layers = Routing(router.scope), {}
+    layers: dict[str, RoutedLinear] = {}
     for path in first.weights:
         for expert in experts:
             low, high, _ = expert.weights[path]
@@ -184,12 +184,11 @@ def _assemble(
         linear = modules[path]
         assert isinstance(linear, nn.Linear)
         pair = [expert.weights[path] for expert in experts]
-        layers[path] = RoutedLinear(linear, pair, gate(linear.in_features), context, number)
+        layers[path] = RoutedLinear(linear, pair, gate(linear.in_features), number)
         model.set_submodule(path, layers[path])
     hashes = {name: expert.hashes for name, expert in zip(EXPERTS, experts, strict=True)}
     return RoutedCausalLM(
         model,
-        context,
         layers,
         router=router,
         base=base,

@@ -1,43 +1,54 @@
-"""The routed model: a frozen base, two frozen LoRA experts, and the gates that mix them token by token or prompt by prompt.
+"""The routed model: a frozen base, two frozen LoRA experts, and the gates that mix them.
 
-Any decoder whose MLP ends in one Linear will do: modules are wrapped, no model code is replaced (``assembly.route`` does it).
-R rows, T tokens of a row, L layers, G decisions.
+It takes any decoder whose experts adapt one kind of Linear: those modules are wrapped (see
+``assembly.route``), and no model code is replaced. R rows, T tokens of a row, L layers, G
+decisions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..config import EXPERTS, Data, Model, Router
+from ..data.tokens import Tokenization
 from ..errors import UserError
-from .generation import end_tokens, generate_ids
-from .router import Anchors, RoutedLinear, Routing, row_anchors
+from .router import RoutedLinear
+from .routing import Anchors, Generation, RecordedGates, Routing, checkpoint_contexts, row_anchors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..data.batching import TokenBatch
-    from ..data.tokens import Tokenization
-
-ROWS = 16  # prompts of one forward pass where gates are read
 
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[tuple[str, str]]  # a text, or messages
 
+_ROWS = 16  # prompts of one forward pass where gates are read
+_generations = count()
+
 
 class RoutedCausalLM(nn.Module):
-    """A causal LM whose ``target`` Linears are routed. ``model`` is the Hugging Face model itself, with those modules wrapped."""
+    """A causal language model whose ``target`` Linears are routed.
+
+    One model may serve several threads. ``force_gates`` and ``anchored`` hold in the thread or
+    asyncio task that entered them; a new thread starts without them.
+
+    Args:
+        model: the Hugging Face model, with those modules wrapped.
+        layers: the wrapped modules by path, the lowest layer first.
+        hashes: sha256 of the experts' files, by expert and file name.
+    """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        context: Routing,
-        layers: dict[str, RoutedLinear],
+        layers: Mapping[str, RoutedLinear],
         *,
         router: Router,
         base: Model,
@@ -50,15 +61,13 @@ class RoutedCausalLM(nn.Module):
         self.model, self.tokenizer = model, tokenizer
         self.router, self.base, self.hashes, self.target = router, base, hashes, target
         self.data = data or template_data({})
-        self.layers = dict(
-            layers
-        )  # by module path, lowest first; they are registered in the model's own tree
-        self._context = context
+        self.layers = dict(layers)  # a plain dict: the model's own tree registers them
+        self._routing = Routing(router.scope)
         decoder = model.get_decoder()
-        decoder.register_forward_pre_hook(context.begin, with_kwargs=True)
-        decoder.register_forward_hook(context.end, with_kwargs=True, always_call=True)
+        decoder.register_forward_pre_hook(self._routing.begin, with_kwargs=True)
+        decoder.register_forward_hook(self._routing.end, with_kwargs=True, always_call=True)
 
-    # --- as a causal LM -------------------------------------------------------------------------------------------------
+    # As a causal language model
 
     @property
     def config(self) -> Any:
@@ -87,103 +96,80 @@ class RoutedCausalLM(nn.Module):
 
         Args:
             input_ids: [R, T].
-            prompt_lengths: [R], real tokens of each row's prompt, for prompt and response in one pass with scope ``last``.
-                Without it several tokens are a prompt (a new decision at the last real one), and one token behind a cache is
-                a decoding step (the cache's decision).
+            prompt_lengths: [R], real tokens of each row's prompt, where prompt and response are
+                in one pass and the scope is ``last``. Without it several tokens are a prompt, and
+                one token behind a cache is a decoding step.
         """
         if prompt_lengths is None:
             return self.model(input_ids=input_ids, **inputs)
         tokens = inputs["inputs_embeds"] if input_ids is None else input_ids
         shape, mask = (tokens.shape[0], tokens.shape[1]), inputs.get("attention_mask")
-        lengths = torch.as_tensor(prompt_lengths)
         mask = None if mask is None else mask[:, -shape[1] :]
-        with self._given(row_anchors(shape, mask, tokens.device, lengths=lengths), record=False):
+        lengths = torch.as_tensor(prompt_lengths)
+        anchors = row_anchors(shape, mask, tokens.device, lengths=lengths)
+        with self._routing.request(anchors=anchors, recorded=None):
             return self.model(input_ids=input_ids, **inputs)
 
     def generate(self, inputs: Tensor | None = None, **options: Any) -> Any:
-        """``model.generate``; with scope ``last`` the decision is made at each prompt's last token and kept."""
-        tokens = next(
-            (
-                x
-                for x in (inputs, options.get("input_ids"), options.get("inputs_embeds"))
-                if x is not None
-            ),
-            None,
-        )
+        """``model.generate``; with scope ``last`` each prompt's decision is kept for its answer."""
         settings = options.get("generation_config") or self.generation_config
-        if self.router.scope == "last" and (
-            options.get("prefill_chunk_size") or settings.prefill_chunk_size
-        ):
-            raise UserError(
-                "prefill_chunk_size: scope last reads the gate where the prompt is seen whole, leave it out"
-            )
-        context = self._context
-        context.prompt_width, context.decided = 1 if tokens is None else tokens.shape[1], False
-        try:
+        chunk = options.get("prefill_chunk_size") or settings.prefill_chunk_size
+        if chunk and self.router.scope == "last":
+            raise UserError("prefill_chunk_size: scope last reads the gate of a whole prompt")
+        prompts = [inputs, options.get("input_ids"), options.get("inputs_embeds")]
+        columns = next((tokens.shape[1] for tokens in prompts if tokens is not None), 1)
+        with self._routing.request(generation=Generation(next(_generations), columns)):
             return self.model.generate(inputs, **options)  # type: ignore[operator]
-        finally:
-            context.prompt_width = None
 
     def answer(self, prompt: Prompt, **options: Any) -> str:
-        """The text that follows a prompt, templated as in training; ``options`` are ``generate``'s.
+        """The text that follows a prompt, which is templated as in training.
 
-        Greedy by default. It ends at any of the model's end tokens.
+        Args:
+            options: of the model's ``generate``; decoding is greedy by default.
         """
-        texts = self.tokenization
-        prompts = [texts.prompt_ids(messages(prompt))]
-        [ids] = generate_ids(self, prompts, end_tokens(self, texts), **options)
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        from .generation import end_tokens, generate_ids  # imports transformers
+
+        tokens = self.tokenization
+        ends = end_tokens(self, tokens)
+        (ids,) = generate_ids(self, [tokens.prompt_ids(messages(prompt))], ends, **options)
+        text = self.tokenizer.decode(ids[:-1] if ids[-1] in ends else ids, skip_special_tokens=True)
+        return str(text)
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
     ) -> None:
-        """Non-reentrant checkpointing whose recomputation sees the gates' anchors and records nothing. Enable it here only."""
-        options = {
-            **(gradient_checkpointing_kwargs or {}),
-            "use_reentrant": False,
-            "context_fn": self._context.checkpoint_contexts,
-        }
+        """Non-reentrant checkpointing, whose recomputation has the forward pass's gates.
+
+        Checkpointing that is enabled elsewhere fails in the backward pass.
+        """
+        options = {"use_reentrant": False, "context_fn": checkpoint_contexts}
+        options = {**(gradient_checkpointing_kwargs or {}), **options}
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
-    # --- gates ----------------------------------------------------------------------------------------------------------
+    # Gates
 
-    @contextmanager
-    def force_gates(self, safety: float, helpfulness: float) -> Iterator[None]:
-        """Within it every gate has these values: (1, 0) is base + safety expert, (0, 1) base + helpfulness, (0, 0) the base."""
-        before, self._context.forced = self._context.forced, (float(safety), float(helpfulness))
-        try:
-            yield
-        finally:
-            self._context.forced = before
+    def force_gates(self, safety: float, helpfulness: float) -> AbstractContextManager[None]:
+        """Within it every gate has these values, in the thread or asyncio task that enters it.
 
-    @contextmanager
-    def anchored(self, batch: TokenBatch) -> Iterator[None]:
-        """Within it forward passes are of this batch: its anchors place the decisions, and the gates are recorded."""
-        real = batch.document_ids >= 0
-        weight = torch.zeros(len(batch.anchor_index), device=real.device)
-        weight = weight.index_add(0, batch.anchor_of.flatten(), real.flatten().to(weight.dtype))
-        with self._given(Anchors(batch.anchor_index, batch.anchor_of, real, weight), record=True):
-            yield
-
-    def recorded_gates(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(safety, helpfulness, mask) of the newest pass within ``anchored``, with their graph: arguments of ``gate_prior``.
-
-        Scope ``token``: gates [L, R, T], mask [R, T]. Scope ``last``: gates [L, G], one a decision, and the mask [G] counts the
-        real tokens that follow each, so that the mean is over real tokens. Read once: the pass is then forgotten.
+        (1, 0) is base and safety expert, (0, 1) base and helpfulness expert, (0, 0) the base.
         """
-        state, self._context.last = self._context.last, None
-        if state is None or state.anchors is None:
-            raise RuntimeError("no recorded pass: run the model within anchored(batch) first")
-        gates = torch.stack([state.gates[layer] for layer in sorted(state.gates)])
-        mask = state.anchors.real if self.router.scope == "token" else state.anchors.weight
-        return gates[..., 0], gates[..., 1], mask
+        return self._routing.request(forced=(float(safety), float(helpfulness)))
+
+    @contextmanager
+    def anchored(self, batch: TokenBatch) -> Iterator[RecordedGates]:
+        """Within it forward passes are of this batch, and their gates are recorded."""
+        real = batch.document_ids >= 0
+        tokens = torch.zeros(len(batch.anchor_index), device=real.device)
+        tokens.index_add_(0, batch.anchor_of.flatten(), real.flatten().to(tokens.dtype))
+        anchors = Anchors(batch.anchor_index, batch.anchor_of, real, tokens)
+        recorded = RecordedGates(self.router.scope, anchors)
+        with self._routing.request(anchors=anchors, recorded=recorded):
+            yield recorded
 
     def routing(self, prompts: Sequence[Prompt]) -> list[dict[str, float]]:
-        """The decision for each prompt: the gate at its last token, mean over layers, for each expert."""
-        return [
-            {name: float(row[name][:, -1].mean()) for name in EXPERTS}
-            for row in self.gates(prompts)
-        ]
+        """For each prompt and expert the gate at the prompt's last token, a mean over layers."""
+        rows = self.gates(prompts)
+        return [{name: float(row[name][:, -1].mean()) for name in EXPERTS} for row in rows]
 
     @torch.no_grad()
     def gates(
@@ -192,71 +178,60 @@ class RoutedCausalLM(nn.Module):
         """Every layer's gates at every token, for reports.
 
         Returns:
-            For each prompt ``tokens`` (ids, prompt then response), ``prompt_tokens`` (how many are the prompt's), ``safety`` and
-            ``helpfulness`` [L, tokens] float32 on the CPU. With scope ``last`` a row's columns are alike.
+            For each prompt ``tokens`` (ids of prompt and response), ``prompt_tokens`` (how many are
+            the prompt's), ``safety`` and ``helpfulness`` [L, tokens], float32 on the CPU. With
+            scope ``last`` the columns of a row are equal.
         """
         texts = self.tokenization
-        heads = [texts.prompt_ids(messages(prompt)) for prompt in prompts]
-        tails = [
-            texts.response_ids(text, texts.max_length)[0] for text in responses or [""] * len(heads)
-        ]
-        tails = tails if responses else [[] for _ in heads]
-        rows: list[dict[str, Any]] = [{} for _ in heads]
-        order = sorted(range(len(heads)), key=lambda i: len(heads[i]) + len(tails[i]))
-        for start in range(0, len(order), ROWS):
-            chosen = order[start : start + ROWS]
-            documents = [[*heads[i], *tails[i]] for i in chosen]
-            length = max(map(len, documents))
-            ids = torch.tensor(
-                [d + [0] * (length - len(d)) for d in documents], device=self.device
-            )  # causal: padding is not seen
-            mask = torch.tensor(
-                [[1] * len(d) + [0] * (length - len(d)) for d in documents], device=self.device
-            )
-            lengths = torch.tensor([len(heads[i]) for i in chosen])
-            with self._given(
-                row_anchors((len(chosen), length), mask, self.device, lengths=lengths), record=True
-            ):
-                self.model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
-            safety, helpfulness, _ = (x.float().cpu() for x in self.recorded_gates())
-            for row, i in enumerate(chosen):
-                shape = (len(safety), len(documents[row]))
-                values = (
-                    x[:, row, : shape[1]] if x.dim() == 3 else x[:, row, None].expand(shape)
-                    for x in (safety, helpfulness)
-                )
-                rows[i] = {
-                    "tokens": documents[row],
-                    "prompt_tokens": len(heads[i]),
-                    **dict(zip(EXPERTS, values, strict=True)),
-                }
+        documents, lengths = [], []
+        for i, prompt in enumerate(prompts):
+            ids = texts.prompt_ids(messages(prompt))
+            lengths.append(len(ids))
+            if responses is not None:
+                ids = ids + texts.response_ids(responses[i], texts.max_length)[0]
+            documents.append(ids)
+        rows: list[dict[str, Any]] = [{} for _ in documents]
+        by_length = sorted(range(len(documents)), key=lambda i: len(documents[i]))
+        for start in range(0, len(by_length), _ROWS):
+            part = by_length[start : start + _ROWS]
+            gates = self._gates_of([documents[i] for i in part], [lengths[i] for i in part])
+            for i, (safety, helpfulness) in zip(part, gates, strict=True):
+                rows[i] = {"tokens": documents[i], "prompt_tokens": lengths[i]}
+                rows[i] |= {"safety": safety, "helpfulness": helpfulness}
         return rows
+
+    def _gates_of(
+        self, documents: list[list[int]], prompt_lengths: list[int]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """(safety, helpfulness) of each document, each [L, its tokens]."""
+        real = [torch.ones(len(ids), dtype=torch.long) for ids in documents]
+        mask = nn.utils.rnn.pad_sequence(real, batch_first=True).to(self.device)
+        ids = [torch.tensor(ids) for ids in documents]
+        input_ids = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(self.device)
+        shape, lengths = (mask.shape[0], mask.shape[1]), torch.tensor(prompt_lengths)
+        anchors = row_anchors(shape, mask, self.device, lengths=lengths)
+        recorded = RecordedGates(self.router.scope, anchors)
+        with self._routing.request(anchors=anchors, recorded=recorded):
+            self.model.get_decoder()(input_ids=input_ids, attention_mask=mask, use_cache=False)
+        pair = [gates.float().cpu() for gates in recorded.gates()[:2]]
+        if self.router.scope == "last":
+            pair = [gates.unsqueeze(-1).expand(-1, *shape) for gates in pair]  # [L, R, T]
+        safety, helpfulness = pair
+        return [(safety[:, r, : len(i)], helpfulness[:, r, : len(i)]) for r, i in enumerate(ids)]
 
     @cached_property
     def tokenization(self) -> Tokenization:
         """How prompts become tokens: as in training, but whole, up to the model's context."""
-        from ..data.tokens import Tokenization
-
         if self.tokenizer is None:
             raise UserError("this routed model has no tokenizer: give one to route()")
         length = self.config.max_position_embeddings
         whole = {"max_length": 2 * length, "max_prompt_length": length, "long_prompts": "truncate"}
         return Tokenization(self.tokenizer, self.data.model_copy(update=whole))
 
-    @contextmanager
-    def _given(self, anchors: Anchors, *, record: bool) -> Iterator[None]:
-        context = self._context
-        before = context.anchors, context.record
-        context.anchors, context.record = anchors, record
-        try:
-            yield
-        finally:
-            context.anchors, context.record = before
-
-    # --- what trains ----------------------------------------------------------------------------------------------------
+    # What trains
 
     def gate_state(self) -> dict[str, Tensor]:
-        """The gates' parameters by the names that this module has for them, detached: all that trains."""
+        """All that trains: the gates' parameters, detached, by their names in this module."""
         return {
             f"model.{path}.gate.{name}": parameter.detach()
             for path, layer in self.layers.items()
@@ -265,13 +240,14 @@ class RoutedCausalLM(nn.Module):
 
     @torch.no_grad()
     def load_gate_state(self, state: Mapping[str, Tensor], where: str = "gate state") -> None:
+        """Raises UserError, which begins with ``where``, if a tensor does not fit."""
         own = self.gate_state()
-        wrong = sorted(own.keys() ^ state.keys()) or [
-            k for k in own if own[k].shape != state[k].shape
-        ]
+        wrong = sorted(own.keys() ^ state.keys())
+        wrong = wrong or [name for name in own if own[name].shape != state[name].shape]
         if wrong:
             raise UserError(
-                f"{where}: tensor {wrong[0]} does not fit a {self.router.gate} gate of this model, {len(own)} tensors"
+                f"{where}: tensor {wrong[0]} does not fit the {len(own)} tensors of this model's "
+                f"{self.router.gate} gates"
             )
         for name, parameter in own.items():
             parameter.copy_(state[name])
@@ -279,7 +255,7 @@ class RoutedCausalLM(nn.Module):
     def fold(self) -> RoutedCausalLM:
         """Serve by folded gates, in place (``mlp`` gates stay); they no longer train."""
         for layer in self.layers.values():
-            layer.fold()
+            layer.fold(self.router.scope)
         return self
 
 
@@ -292,6 +268,9 @@ def messages(prompt: Prompt) -> tuple[tuple[str, str], ...]:
     """A text, chat messages or (role, content) pairs as (role, content) pairs."""
     if isinstance(prompt, str):
         return (("user", prompt),)
-    return tuple(
-        (m["role"], m["content"]) if isinstance(m, Mapping) else (m[0], m[1]) for m in prompt
-    )
+    pairs = []
+    for message in prompt:
+        if isinstance(message, Mapping):
+            message = (message["role"], message["content"])
+        pairs.append((message[0], message[1]))
+    return tuple(pairs)

@@ -99,20 +99,16 @@ class RouterStep(ExpertStep):
     """
 
     def __init__(self, policy: Policy, model: RoutedCausalLM, *, beta: float, prior: float) -> None:
-        super().__init__(self._recorded(policy, model), beta=beta)
-        self.model, self.prior = model, prior
-
-    @staticmethod
-    def _recorded(policy: Policy, model: RoutedCausalLM) -> Policy:
-        def run(tokens: TokenBatch) -> Tensor:
-            with model.anchored(tokens):
+        def anchored(tokens: TokenBatch) -> Tensor:
+            with model.anchored(tokens) as self.recorded:
                 return policy(tokens)
 
-        return run
+        super().__init__(anchored, beta=beta)
+        self.model, self.prior = model, prior
 
     def __call__(self, batch: StepBatch) -> tuple[Tensor, Metrics]:
         loss, metrics = super().__call__(batch)
-        safety, helpfulness, mask = self.model.recorded_gates()
+        safety, helpfulness, mask = self.recorded.gates()
         tokens = metrics["tokens"]
         prior = gate_prior(safety, helpfulness, mask) * tokens
         with torch.no_grad():
