@@ -28,7 +28,7 @@ from .config import (
     shipped_recipes,
     shipped_studies,
 )
-from .errors import UserError
+from .errors import MachineError, UserError
 from .logs import set_up_logging
 
 # Commands import what they run when they are called: no command's help waits for torch or Ray.
@@ -460,7 +460,7 @@ def check(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
+    """Run one command; returns the exit code: 0, 2 for bad input, 1 for a failing machine, 130 when interrupted."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a job's log is read while it is written
     words = list(sys.argv[1:] if argv is None else argv)
@@ -477,6 +477,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
         print(f"midpo: {' '.join(message.split())}", file=sys.stderr)
         return 2
+    except MachineError as error:
+        print(f"midpo: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("midpo: interrupted; the same command resumes", file=sys.stderr)
         return 130

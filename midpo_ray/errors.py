@@ -1,8 +1,12 @@
-"""The one error that a user can cause."""
+"""The errors that the command line prints as one line, without a traceback."""
 
 
 class UserError(Exception):
-    """Bad input, told in one line: it names the file, row, key or module, and what would have been right.
+    """Bad input. The line names the file, row, key or module, and what would have been right.
 
-    The command line prints the message without a traceback and exits with code 2.
+    The exit code is 2.
     """
+
+
+class MachineError(Exception):
+    """A failure of the machine, for example one that is overloaded. The exit code is 1."""

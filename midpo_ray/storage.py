@@ -150,6 +150,13 @@ class Storage:
                 raise
 
     @_patiently
+    def make_folder(self) -> None:
+        """Make the folder and those above it; an object store needs none."""
+        with _told(self.root):
+            if self.local:
+                self.local.mkdir(parents=True, exist_ok=True)
+
+    @_patiently
     def append(self, name: str, content: bytes) -> None:
         """Add to a file's end; a remote file is written anew, so append in large pieces there."""
         if not self.local:

@@ -199,7 +199,7 @@ def test_a_group_that_the_cluster_cannot_hold(bench: Bench) -> None:
         "CPU",
         "are needed",
     )
-    assert (bench.folder / "run/run.yaml").exists()
+    assert not (bench.folder / "run").exists()
 
 
 def test_no_space_is_told_and_nothing_half_written(bench: Bench) -> None:

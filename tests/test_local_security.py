@@ -22,11 +22,12 @@ disconnect()
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("first", ["", "import ray, ray.data\n"], ids=["plain", "ray first"])
 @pytest.mark.skipif(
     os.geteuid() != 0 or not shutil.which("ss"),
     reason="needs root and ss (iproute2) for a network of its own",
 )
-def test_local_cluster_listens_on_loopback_alone(tmp_path):
+def test_local_cluster_listens_on_loopback_alone(tmp_path, first):
     """In a network namespace with a routable address, which Ray would prefer."""
     network = (
         "ip link set lo up && ip link add d0 type veth peer name d1 && ip addr add 10.77.9.9/24 dev d0 && "
@@ -36,7 +37,7 @@ def test_local_cluster_listens_on_loopback_alone(tmp_path):
         "HOME": str(tmp_path)
     }
     done = subprocess.run(
-        [*UNSHARE, "sh", "-c", f'{network} && exec "$0" -c "$1"', sys.executable, PROBE],
+        [*UNSHARE, "sh", "-c", f'{network} && exec "$0" -c "$1"', sys.executable, first + PROBE],
         capture_output=True, text=True, timeout=120, env=environment,
     )  # fmt: skip
     if "unshare" in done.stderr:

@@ -1,5 +1,6 @@
 """The whole job through the command line on a tiny model: what it leaves, what it repeats, where it places its workers."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -181,6 +182,33 @@ def test_only_what_is_missing_or_changed_runs(finished: Done) -> None:
     assert "120 of 140 responses are cached, 20 to score" in said
 
 
+FAILING = {
+    "data": ("router.beta=9.0", "data.sets.0.path=/nowhere.jsonl"),
+    "model": ("router.beta=9.0", "model.path=/nowhere"),
+    "scorer": ("scores.cost={model: /nowhere}",),
+    "cluster": ("router.beta=9.0", "router.group.resources={antimatter: 1}"),
+    "address": ("router.beta=9.0", "--address", "127.0.0.1:1"),
+}
+
+
+@pytest.mark.parametrize("case", FAILING)
+def test_a_command_that_fails_changes_nothing(finished: Done, case: str) -> None:
+    before = hashes(finished.dir)
+    failed = midpo("run", finished.recipe, "--run-dir", finished.dir, *FAILING[case])
+    assert failed.returncode == 2, failed.stdout + failed.stderr
+    assert len([x for x in failed.stderr.splitlines() if x.startswith("midpo: ")]) == 1
+    assert "Traceback" not in failed.stderr
+    assert hashes(finished.dir) == before
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
+
+
 def test_a_tampered_run_is_told_in_one_line(finished: Done) -> None:
     adapter = finished.dir / "experts/safety/adapter_config.json"
     before = adapter.read_text()
@@ -294,6 +322,12 @@ def test_a_killed_run_goes_on(tmp_path: Path, tiny_model_dir) -> None:
     deadline = time.monotonic() + 120
     while not (work.is_dir() and any(work.glob("step-*"))) and time.monotonic() < deadline:
         time.sleep(0.05)
+    before = json.loads((tmp_path / "killed/lock.json").read_text())
+    second = midpo(*arguments, "router.beta=9.0", "--run-dir", tmp_path / "killed")
+    assert second.returncode == 2
+    assert len(second.stderr.splitlines()) == 1
+    for named in (str(driver.pid), before["host"], before["since"]):
+        assert named in second.stderr
     os.killpg(driver.pid, signal.SIGKILL)
     driver.wait()
     assert not (tmp_path / "killed/router").exists()

@@ -22,6 +22,7 @@ from ..data.selection import is_validation
 from ..errors import UserError
 from ..metrics import describe_score_metrics, score_metrics
 from ..pipeline import cluster
+from ..pipeline.lock import run_lock
 from ..pipeline.manifest import Manifest
 from ..pipeline.plan import FOLDERS, Step, inputs, scorer_id
 from ..pipeline.prepare import resolve
@@ -80,22 +81,26 @@ def train_score_models(
     if not stale:
         say(f"nothing to do: {', '.join(kinds)} are done in {run.uri}")
     else:
-        manifest.claim(config)
         cache = cache_folder(config, run)
         scoring = resolve(scoring, cache, say)
         rows = read_rows(scoring, [s.stage for s in stale], say)
-        session = cluster.connect(address)
-        try:
-            _train(scoring, run, manifest, [s for s in stale if s.reason], rows, say)
-            for step in stale:
-                report[step.stage] = {
-                    "digest": step.digest,
-                    **_measure(scoring, run, cache, step.stage, rows[step.stage], say),
-                }
-                run.write(REPORT, json.dumps(report, indent=1).encode())
-        finally:
-            if session is not None:
-                cluster.disconnect()
+        todo = [s for s in stale if s.reason]
+        with run_lock(run):
+            session = cluster.connect(address)
+            try:
+                names = [s.stage for s in todo]
+                together = held_together(scoring, names, "score models", say)
+                manifest.claim(config)  # nothing is written before this
+                _train(scoring, run, manifest, todo, together, rows, say)
+                for step in stale:
+                    report[step.stage] = {
+                        "digest": step.digest,
+                        **_measure(scoring, run, cache, step.stage, rows[step.stage], say),
+                    }
+                    run.write(REPORT, json.dumps(report, indent=1).encode())
+            finally:
+                if session is not None:
+                    cluster.disconnect()
     for kind in kinds:
         say(describe_score_metrics(kind, report[kind]))
     return report
@@ -173,6 +178,7 @@ def _train(
     run: Storage,
     manifest: Manifest,
     todo: list[Step],
+    together: bool,
     rows: dict[str, list[Row]],
     say: Say,
 ) -> None:
@@ -188,7 +194,6 @@ def _train(
         )
         say(f"{kind}: done in {seconds:.1f} s")
 
-    together = held_together(config, [s.stage for s in todo], "score models", say)
     train(config, run, todo, together, commit, say)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
 import secrets
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Group
-from ..errors import UserError
+from ..errors import MachineError, UserError
+
+log = logging.getLogger(__name__)
 
 # Read by Ray Train when the driver imports it: failures are seen within a fifth of a second instead of two seconds, an elastic
 # group tries with fewer workers after 10 s instead of 60, and notices to nodes are this package's own business (watch.py).
@@ -27,6 +30,9 @@ QUIET_ENVIRONMENT = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }  # Ray's own talk stays in its logs
+
+
+_LONGEST_TEMPORARY = 38  # characters: Ray adds 69 for its sockets, a path has at most 107
 
 
 @dataclass
@@ -120,48 +126,121 @@ def nodes() -> list[Node]:
 
 
 def connect(address: str | None) -> Any:
-    """Connect to a cluster: ``auto`` (one that runs here or RAY_ADDRESS), a host, or ``local``/None for one of our own."""
+    """Connect to a Ray cluster.
+
+    Args:
+        address: ``local`` or None for one of our own, ``auto`` for one that runs here or that
+            RAY_ADDRESS names, or a host. A caller's connection is used whatever the address.
+
+    Returns:
+        Ray's context of a new connection, which the caller ends by ``disconnect``; None where the
+        process was connected before.
+
+    Raises:
+        UserError: no cluster answers at the address.
+        MachineError: a cluster of our own does not start, in two attempts.
+    """
     for name, value in {**TRAIN_ENVIRONMENT, **WORKER_ENVIRONMENT, **QUIET_ENVIRONMENT}.items():
         os.environ.setdefault(name, value)
-    if address in (None, "local"):
-        _keep_private()
+    local = address in (None, "local")
+    if local:  # before Ray is imported, which reads it then
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
 
-    if ray.is_initialized():  # a caller's own cluster
+    if ray.is_initialized():
         return None
-    environment = {
-        k: os.environ[k]
-        for k in (*WORKER_ENVIRONMENT, "HF_HUB_OFFLINE", "HF_HOME")
-        if k in os.environ
-    }
+    passed_on = (*WORKER_ENVIRONMENT, "HF_HUB_OFFLINE", "HF_HOME")
     options: dict[str, Any] = {
-        "runtime_env": {"env_vars": environment},
+        "runtime_env": {"env_vars": {k: os.environ[k] for k in passed_on if k in os.environ}},
         "log_to_driver": False,
         "logging_level": "ERROR",
         "configure_logging": True,
     }
+    if local:
+        return _start(options)
     try:
-        if address in (None, "local"):
-            return ray.init(address="local", include_dashboard=False, **options)
         return ray.init(address=address, **options)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise UserError(
-            f"--address {address}: no Ray cluster answers there ({str(error).splitlines()[0]})"
+            f"--address {address}: no Ray cluster answers there ({_first_line(error)})"
         ) from None
 
 
-def _keep_private() -> None:
-    """Before Ray is imported: a cluster of our own listens on 127.0.0.1 alone, and its token is its owner's alone.
+def _start(options: dict[str, Any]) -> Any:
+    """A cluster of our own, which only this user's processes on this machine can reach."""
+    import ray
+    from ray._private import ray_constants
 
-    Ray turns token mode on for such a cluster, and would write a new token readable by all; so one is written first.
+    # The one switch that keeps all of Ray's ports on 127.0.0.1. Ray reads its environment variable
+    # when it is imported, which may have been before ``connect``.
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    _keep_token_private()
+    for attempt in (1, 2):
+        try:
+            session = ray.init(
+                address="local", include_dashboard=False, _temp_dir=_short_folder(), **options
+            )
+            break
+        except UserError:
+            raise
+        except Exception as error:  # Ray raises bare exceptions when a node is slow to start
+            ray.shutdown()
+            if attempt == 2:
+                raise MachineError(
+                    f"Ray does not start on this machine ({_first_line(error)}); it may be "
+                    "overloaded or lack memory or disk space"
+                ) from error
+            log.warning("Ray did not start (%s), trying once more", _first_line(error))
+    open_to = {node["NodeManagerAddress"] for node in ray.nodes()} - {"127.0.0.1"}
+    if open_to:
+        ray.shutdown()
+        raise UserError(
+            f"Ray {ray.__version__} listens on {', '.join(open_to)} instead of 127.0.0.1 alone: "
+            "start a cluster with `ray start` and name it by --address"
+        )
+    return session
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def _short_folder() -> str | None:
+    """A folder for Ray's sockets where TMPDIR is too long for their paths; None: Ray's own choice."""
+    if len(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) <= _LONGEST_TEMPORARY:
+        return None
+    for folder in ("/tmp", "/dev/shm", "/var/tmp"):
+        if os.access(folder, os.W_OK):
+            return f"{folder}/ray-{os.getuid()}"
+    raise UserError(
+        f"TMPDIR {tempfile.gettempdir()} is too long for Ray's sockets: name a folder of at most "
+        f"{_LONGEST_TEMPORARY} characters"
+    )
+
+
+def _keep_token_private() -> None:
+    """Write the cluster's token so that its owner alone can read it.
+
+    Ray turns its token mode on for a cluster of our own, and would write a token that all can read.
     """
-    # the one switch, on Linux too, that keeps Ray's ports from other addresses
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
-    with contextlib.suppress(FileExistsError, PermissionError):
+    if "RAY_AUTH_TOKEN" in os.environ:
+        return
+    try:
+        path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_hex(32))
+        _write_token(path)
+    except FileExistsError:
+        return
+    except (OSError, RuntimeError):  # a home that is read-only, or none
+        path = Path(tempfile.mkdtemp(prefix="midpo-")) / "auth_token"
+        _write_token(path)
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+
+
+def _write_token(path: Path) -> None:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
 
 
 def disconnect() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from ..config import EXPERTS, Config
 from ..storage import Storage
 from . import cluster
+from .lock import run_lock
 from .manifest import Manifest
 from .plan import FOLDERS, Step, plan
 from .train import held_together, train
@@ -58,25 +59,30 @@ def run(
         UserError: bad input, told in one line; stages that finished stay finished.
     """
     storage = run_directory(config, run_dir)
-    manifest = Manifest(storage)
-    manifest.refuse_other(config)
-    steps = plan(config, manifest, until)
-    result = RunResult(storage.uri, done_before=[s.stage for s in steps if not s.reason])
-    todo = {s.stage: s for s in steps if s.reason}
-    if not todo:
+
+    def planned() -> tuple[Manifest, list[Step]]:
+        manifest = Manifest(storage)
+        manifest.refuse_other(config)
+        return manifest, plan(config, manifest, until)
+
+    _, steps = planned()
+    if not any(s.reason for s in steps):
         say(f"nothing to do: {', '.join(s.stage for s in steps)} are done in {storage.uri}")
     else:
-        manifest.claim(config)
-        job = _Job(config, storage, manifest, todo, say)
-        job.prepare()
-        session = cluster.connect(address)
-        try:
-            job.check_cluster()
-            job.execute()
-        finally:
-            if session is not None:
-                cluster.disconnect()
-        result.ran = list(todo)
+        with run_lock(storage):
+            manifest, steps = planned()  # another command may have changed the directory meanwhile
+            job = _Job(config, storage, manifest, {s.stage: s for s in steps if s.reason}, say)
+            job.prepare()
+            session = cluster.connect(address)
+            try:
+                job.check_cluster()
+                manifest.claim(config)  # nothing is written before this
+                job.execute()
+            finally:
+                if session is not None:
+                    cluster.disconnect()
+    done, ran = ([s.stage for s in steps if bool(s.reason) is wanted] for wanted in (False, True))
+    result = RunResult(storage.uri, ran=ran, done_before=done)
     if any(s.stage == "evaluation" for s in steps) and storage.exists("evaluation/table.json"):
         result.table = json.loads(storage.read("evaluation/table.json"))
     return result

@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import UserError
 from ..evaluation.prompts import MINIATURE, load_sets
 from ..pipeline import cluster
+from ..pipeline.lock import run_lock
 from ..storage import Storage
 from .plan import Plan, Unit, describe, plan
 from .spec import Study, load_study
@@ -66,14 +67,15 @@ def study(
     if any(u.kind == "answers" for u in todo):
         load_sets(wanted.sets)
     if todo:
-        session = cluster.connect(address)
-        try:
-            groups = {f"{u.kind} {u.stage}".strip(): u.group for u in todo}
-            cluster.wait_for(list(groups.items()), config.cluster.resources_timeout, say)
-            failed = _Work(folder, graph, todo, wanted, say).through()
-        finally:
-            if session is not None:
-                cluster.disconnect()
+        with run_lock(folder):
+            session = cluster.connect(address)
+            try:
+                groups = {f"{u.kind} {u.stage}".strip(): u.group for u in todo}
+                cluster.wait_for(list(groups.items()), config.cluster.resources_timeout, say)
+                failed = _Work(folder, graph, todo, wanted, say).through()
+            finally:
+                if session is not None:
+                    cluster.disconnect()
     write(folder, wanted, graph, name, say)
     if failed:
         first = next(iter(failed))

@@ -17,6 +17,7 @@ from typing import Any
 from ..config import Config, digest
 from ..errors import UserError
 from ..pipeline import cluster
+from ..pipeline.lock import run_lock
 from ..pipeline.manifest import Manifest
 from ..pipeline.plan import fingerprints
 from ..pipeline.run import cache_folder, run
@@ -187,18 +188,20 @@ def tune(
         sweep.samples += add_samples
     if sweep.grid is not None:
         sweep.samples = min(sweep.samples, len(sweep.grid))
-    folder.write(STATE, json.dumps({"of": identity, "samples": sweep.samples}).encode())
+    state = json.dumps({"of": identity, "samples": sweep.samples}).encode()
     if todo := sweep.todo():
         say(
             f"sweep {folder.uri}: {sweep.samples} points, {len(todo)} trials to run or to go on with"
         )
-        session = cluster.connect(address)
-        try:
-            run(fixed, address, run_dir=folder.uri, until=until, say=say)
-            _run_trials(sweep, say)
-        finally:
-            if session is not None:
-                cluster.disconnect()
+        with run_lock(folder):
+            session = cluster.connect(address)
+            try:
+                run(fixed, address, run_dir=folder.uri, until=until, say=say)
+                folder.write(STATE, state)  # nothing is written before the data is read
+                _run_trials(sweep, say)
+            finally:
+                if session is not None:
+                    cluster.disconnect()
     write(sweep, fixed, name, f"midpo tune {path} --recipe {recipe}", say)
     return folder
 
