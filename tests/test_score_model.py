@@ -18,7 +18,8 @@ from midpo_ray import UserError
 from midpo_ray.config import Config, Scorer
 from midpo_ray.data.batching import Document, collate
 from midpo_ray.data.schema import Prompt
-from midpo_ray.models.base import check_targets
+from midpo_ray.data.tokens import Tokenization, render_plain
+from midpo_ray.models.base import check_targets, load_tokenizer
 from midpo_ray.models.score_model import (
     ResponseScores,
     build_score_model,
@@ -211,6 +212,22 @@ def test_the_papers_format_is_its_text(tiny_model_dir, byte_tokenizer):
     ]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert text == '<s>BEGINNING OF CONVERSATION: USER: S\n\na {x} ASSISTANT:b"</s>'
+
+
+@pytest.mark.parametrize("template", ["paper", '# {prompt}\n\n"é😀" {{ x }} again {prompt}:\n'])
+def test_training_s_format_is_the_saved_template(tiny_model_dir, template):
+    """What a policy is trained on, and what the saved tokenizer renders, are one text."""
+    settings = config(tiny_model_dir(), template)
+    texts = Tokenization(load_tokenizer(settings.model), settings.data)
+    turns = (("user", "a"), ("assistant", "b "), ("system", "S"), ("user", "c\n{prompt}"))
+    turn = texts.plain_format[1]
+    begin = "BEGINNING OF CONVERSATION: " if template == "paper" else ""
+    questions = [turn.replace("{prompt}", "a"), turn.replace("{prompt}", "S\n\nc\n{prompt}")]
+    expected = f"{begin}{questions[0]}b </s>{questions[1]}"
+    assert render_plain(turns, *texts.plain_format) == expected
+    messages = [{"role": role, "content": content} for role, content in turns]
+    tokenizer = scoring_tokenizer(settings)
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == "<s>" + expected
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,14 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 from midpo_ray.config import Scorer
+from midpo_ray.data.tokens import PAPER_BEGIN, PAPER_TURN, render_plain
 from midpo_ray.errors import UserError
-from midpo_ray.models.scorers import conversation, load_scorer
+from midpo_ray.models.scorers import load_scorer
 
 PROMPTS = [
     (("user", "Is it late?"),),
@@ -132,7 +135,12 @@ def test_long_input_keeps_its_eos(score_model, tiny_llama, byte_tokenizer):
     folder = score_model("cost")
     prompt = (("user", "a" * 5),)
     cut = load_scorer(Scorer(model=str(folder), max_length=50), "cost")([prompt], ["b" * 100])
-    ids = [*byte_tokenizer(conversation(prompt, "</s>") + "b" * 100).input_ids[:49], 2]
+    ids = [
+        *byte_tokenizer(
+            render_plain(prompt, PAPER_BEGIN, PAPER_TURN, "</s>") + "b" * 100
+        ).input_ids[:49],
+        2,
+    ]
     with torch.no_grad():
         hidden = tiny_llama().model(torch.tensor([ids])).last_hidden_state[0, -1]
     assert cut == [
@@ -149,9 +157,9 @@ def test_long_input_keeps_its_eos(score_model, tiny_llama, byte_tokenizer):
         (
             {"score_type": "cost"},
             "reward",
-            "score_type is 'cost', used as reward: name it as scores.cost",
+            "score_type is 'cost', .* name it as scores.cost",
         ),
-        ({"score_type": "reward"}, "cost", "score_type is 'reward', used as cost"),
+        ({"score_type": "reward"}, "cost", "score_type is 'reward', .* scores.reward"),
         (
             {"score_type": "cost", "head": 2},
             "cost",
@@ -212,11 +220,55 @@ def test_classifier_of_a_pair_of_texts(tmp_path, byte_tokenizer):
             )
 
 
+ENCODERS = {
+    "bert": (BertConfig, BertForSequenceClassification, 64),
+    "roberta": (RobertaConfig, RobertaForSequenceClassification, 64 - 2),  # padding id 1
+}
+
+
+@pytest.mark.parametrize(
+    "template", [None, "{% for m in messages %}{{ m['content'] }}{% endfor %}"]
+)
+@pytest.mark.parametrize("name", ENCODERS)
+def test_texts_beyond_a_model_s_positions(tmp_path, byte_tokenizer, caplog, name, template):
+    """They are truncated to its positions; the first batch with any is reported, with a count."""
+    make_config, make_model, positions = ENCODERS[name]
+    config = make_config(
+        vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_labels=1,
+        max_position_embeddings=64, initializer_range=0.3, pad_token_id=1, type_vocab_size=2,
+    )  # fmt: skip
+    make_model(config).save_pretrained(tmp_path)
+    byte_tokenizer.save_pretrained(tmp_path)
+    if template:
+        (tmp_path / "chat_template.jinja").write_text(template)
+    prompt, short, long = (("user", "question"),), "a" * 20, "b" * 3000
+    score = load_scorer(Scorer(model=str(tmp_path)), "cost")
+    with caplog.at_level("WARNING", logger="midpo_ray"):
+        values = score([prompt] * 4, [short, long, long + "c", short])
+        score([prompt], [long])
+    (record,) = [r for r in caplog.records if r.name == "midpo_ray.models.scorers"]
+    assert record.args == (f"scorer {tmp_path}", 2, 4, positions)
+    model = make_model.from_pretrained(tmp_path).eval()
+    if template:
+        inputs = byte_tokenizer("question" + long, add_special_tokens=False, return_tensors="pt")
+        ids = inputs.input_ids[:, :positions]
+    else:
+        cut = {"truncation": True, "max_length": positions, "return_tensors": "pt"}
+        ids = byte_tokenizer("question", long, **cut).input_ids
+    assert ids.shape == (1, positions)
+    with torch.no_grad():
+        expected = float(model(input_ids=ids).logits)
+    assert values[1:3] == pytest.approx([expected, expected], abs=1e-5)
+    assert values[0] == pytest.approx(values[3])
+    bounded = load_scorer(Scorer(model=str(tmp_path), max_length=40), "cost")
+    assert bounded([prompt], [long]) != pytest.approx([expected], abs=1e-5)
+
+
 @pytest.mark.parametrize("what", ["labels", "causal", "nothing", "pickle"])
 def test_not_a_scorer(tmp_path, byte_tokenizer, tiny_model_dir, score_model, what):
     message = {
         "labels": "a classifier of 3 labels, one label is expected",
-        "causal": "LlamaForCausalLM is no scorer",
+        "causal": "LlamaForCausalLM is not a scorer",
         "nothing": "no model with a tokenizer is found there",
         "pickle": "a score model in safetensors is expected, no pickle is read",
     }[what]
@@ -267,7 +319,7 @@ def test_a_function_gets_texts(functions):
         ("my_scorer:few", "1 values for 3 responses"),
         ("my_scorer:bad", "nan for row 1, response 'Hello, and"),
         ("my_scorer:words", "a list of numbers is expected"),
-        ("my_scorer:nothing", "a list of numbers is expected, this is NoneType"),
+        ("my_scorer:nothing", "a list of numbers is expected, not NoneType"),
         ("my_scorer:none", "has no function none; it has: bad, few"),
         ("my_scorer:constant", "has no function constant"),
         ("no_such_module:f", "module no_such_module cannot be imported"),

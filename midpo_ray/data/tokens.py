@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -62,8 +62,8 @@ class Tokenization:
                 "or a text with {prompt}"
             )
         own_template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
-        self._fixed_template = _with_fixed_date(own_template, name) if self.chat else None
-        self.dated = self._fixed_template is not None
+        self.fixed_template = _with_fixed_date(own_template, name) if self.chat else None
+        self.dated = self.fixed_template is not None
         self.template = PAPER if data.template in ("auto", "paper") else data.template
         if "{prompt}" not in self.template and not self.chat:
             raise UserError(
@@ -92,6 +92,13 @@ class Tokenization:
         if bounded is None:
             raise UserError(self._too_long(source, len(ids)))
         return bounded
+
+    @property
+    def plain_format(self) -> tuple[str, str, str]:
+        """(begin, turn, eos) of ``plain_template``, where prompts are not rendered as a chat."""
+        own = self.template == PAPER
+        begin, turn = (PAPER_BEGIN, PAPER_TURN) if own else ("", self.template)
+        return begin, turn, str(self.tokenizer.eos_token)
 
     @cached_property
     def null_ids(self) -> Ids:
@@ -246,9 +253,7 @@ class Tokenization:
 
     def _render(self, prompt: Sequence[Message], source: str, ask: bool = True) -> str:
         if not self.chat:
-            own = self.template == PAPER
-            begin, turn = (PAPER_BEGIN, PAPER_TURN) if own else ("", self.template)
-            return render_plain(prompt, begin, turn, self.tokenizer.eos_token)
+            return render_plain(prompt, *self.plain_format)
         messages = [{"role": role, "content": content} for role, content in prompt]
         try:
             return str(
@@ -256,7 +261,7 @@ class Tokenization:
                     messages,
                     tokenize=False,
                     add_generation_prompt=ask,
-                    chat_template=self._fixed_template,
+                    chat_template=self.fixed_template,
                 )
             )
         except jinja2.TemplateError as error:
@@ -278,17 +283,27 @@ def _with_fixed_date(template: str, name: str) -> str | None:
     return fixed
 
 
-def render_plain(prompt: Sequence[Message], begin: str, turn: str, eos: str) -> str:
-    """A conversation up to the response: each question in ``turn``, each answer ended by ``eos``.
+def plain_template(begin: str, turn: str, eos: str) -> str:
+    """A chat template (Jinja): each question in ``turn``, which holds {prompt}, each answer ended
+    by ``eos``. A system message goes before the next question (ours)."""
+    quoted = [
+        json.dumps(part, ensure_ascii=False) for part in (begin, eos, *turn.split("{prompt}"))
+    ]
+    question = " + ns.system + m['content'] + ".join(quoted[2:])
+    return (
+        f"{{% set ns = namespace(system='') %}}{{{{ {quoted[0]} }}}}{{% for m in messages %}}"
+        "{% if m['role'] == 'system' %}{% set ns.system = m['content'] + '\n\n' %}"
+        f"{{% elif m['role'] == 'user' %}}{{{{ {question} }}}}{{% set ns.system = '' %}}"
+        f"{{% else %}}{{{{ m['content'] + {quoted[1]} }}}}{{% endif %}}{{% endfor %}}"
+    )
 
-    A system message goes before the next question (ours).
-    """
-    text, before = begin, ""
-    for role, content in prompt:
-        if role == "system":
-            before = f"{content}\n\n"
-        elif role == "user":
-            text, before = text + turn.replace("{prompt}", before + content), ""
-        else:
-            text += f"{content}{eos}"
-    return text
+
+@lru_cache
+def _compiled(begin: str, turn: str, eos: str) -> jinja2.Template:
+    return jinja2.Template(plain_template(begin, turn, eos))
+
+
+def render_plain(prompt: Sequence[Message], begin: str, turn: str, eos: str) -> str:
+    """A conversation up to the response, by ``plain_template``."""
+    messages = [{"role": role, "content": content} for role, content in prompt]
+    return _compiled(begin, turn, eos).render(messages=messages)

@@ -1,25 +1,29 @@
-"""Sources of a reward (higher is better) or a cost (lower is safer, below 0 is safe): score models, classifiers, functions.
+"""Sources of a reward (higher is better) or a cost (lower is safer, below 0 is safe).
 
-``load_scorer`` gives one callable for all: (prompts, responses) -> floats, batched, length-sorted, without gradients. Formats:
+``load_scorer`` gives one callable for all formats, (prompts, responses) -> floats:
 
-* PKU's score model (Safe RLHF, arXiv 2310.12773; beaver-7b-unified-reward and -cost): a decoder, ``score_head`` Linear(D, 1), the
-  score read at the final EOS of ``BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{response}``; where ``do_normalize`` is
-  set a reward is (x - mean) / std and a cost is x / std.
-* ``AutoModelForSequenceClassification`` with one label: the conversation in the tokenizer's chat template, or, where it has
-  none, prompt and response as the tokenizer's pair of texts.
+* PKU's score model (Safe RLHF, arXiv 2310.12773; beaver-7b-unified-reward and -cost): a decoder and
+  ``score_head``, a Linear(D, 1). The score is read at the final EOS of
+  ``BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{response}``. With ``do_normalize`` a reward
+  is (x - mean) / std, and a cost is x / std.
+* ``AutoModelForSequenceClassification`` with one label: the conversation in the tokenizer's chat
+  template, or prompt and response as a pair of texts where the tokenizer has none.
 * ``module:function`` of (prompts, responses), two lists of texts.
 
-Over-long input loses its end; PKU's EOS stays (ours). R rows, T tokens, D hidden.
+Input that is too long loses its end, except for PKU's final EOS (ours). R rows, T tokens, D hidden.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
+import jinja2
 import torch
 from torch import Tensor, nn
 
@@ -28,12 +32,15 @@ from ..data.tokens import PAPER_BEGIN, PAPER_TURN, render_plain
 from ..errors import UserError
 from ..user_code import load_function
 
+log = logging.getLogger(__name__)
+
 Prompts = Sequence[Sequence[tuple[str, str]]]
 Score = Callable[[Prompts, Sequence[str]], list[float]]
-BATCH_TOKENS = {
-    "cpu": 1024,
-    "cuda": 32768,
-}  # of one forward pass, padding included; more would leave a core's caches (ours)
+_Row = dict[str, list[int]]  # a model's inputs
+
+# Tokens of one forward pass, padding included. More would leave a core's caches (ours).
+_BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}
+_PART = 1024  # texts per call of a tokenizer, which keeps far more than the ids in memory
 
 
 def load_scorer(
@@ -43,103 +50,101 @@ def load_scorer(
     *,
     batch_tokens: int | None = None,
 ) -> Score:
-    """The callable of a scorer: prompts as (role, content) messages and their responses -> one finite float each.
+    """The callable of a scorer: (role, content) messages and responses -> one finite float each.
 
     Args:
-        kind: what it is used as; a score model of the other type is refused.
+        kind: what the scores are used as; a score model of the other type is refused.
         device: of a model; default: the CPU.
         batch_tokens: of one forward pass, padding included; default: what suits the device.
 
     Raises:
-        UserError: at once: no such model, not a scorer, the other kind, no such function. When called: another number of values
-            than of rows, or a score that is not a finite number (names the row).
+        UserError: there is no such model or function, it is not a scorer, or it is of the other
+            kind. When called: it gives another number of values than of responses, or a value that
+            is not a finite number.
     """
     if scorer.function is not None:
-        name, raw = scorer.function, _function(scorer.function)
+        name = scorer.function
+        function = load_function(name, f"scorer {name}")
+
+        def raw(prompts: Prompts, responses: Sequence[str]) -> Any:
+            return function([plain_text(prompt) for prompt in prompts], list(responses))
+
     elif scorer.model is not None:
-        name, raw = (
-            scorer.model,
-            _ModelScorer(scorer, kind, torch.device(device or "cpu"), batch_tokens),
-        )
+        name = scorer.model
+        raw = _ModelScorer(scorer, kind, torch.device(device or "cpu"), batch_tokens)
     else:
-        raise UserError(
-            f"scorer column {scorer.column!r}: a column is read with the data, there is no model to load"
-        )
+        raise UserError(f"scorer column {scorer.column!r}: a column is read with the data")
 
     def score(prompts: Prompts, responses: Sequence[str]) -> list[float]:
-        if len(prompts) != len(responses):
-            raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses")
-        values = _floats(raw(prompts, responses), name)
-        if len(values) != len(responses):
-            raise UserError(
-                f"scorer {name}: {len(values)} values for {len(responses)} responses, one for each is expected"
-            )
-        for row, value in enumerate(values):
-            if not math.isfinite(value):
-                text = responses[row][:60]
-                raise UserError(
-                    f"scorer {name}: {value} for row {row}, response {text!r}: a finite number is expected"
-                )
-        return values
+        return _checked(raw(prompts, responses), responses, f"scorer {name}")
 
     return score
 
 
-def _floats(values: Any, name: str) -> list[float]:
+def _checked(values: Any, responses: Sequence[str], where: str) -> list[float]:
     try:
-        return [float(value) for value in values]
+        scores = [float(value) for value in values]
     except (TypeError, ValueError):
+        kind = type(values).__name__
+        raise UserError(f"{where}: a list of numbers is expected, not {kind}") from None
+    if len(scores) != len(responses):
         raise UserError(
-            f"scorer {name}: a list of numbers is expected, this is {type(values).__name__}"
-        ) from None
-
-
-def _function(name: str) -> Callable[[Prompts, Sequence[str]], Any]:
-    function = load_function(name, f"scorer {name}")
-    return lambda prompts, responses: function(
-        [plain_text(prompt) for prompt in prompts], list(responses)
-    )
+            f"{where}: {len(scores)} values for {len(responses)} responses, one each is expected"
+        )
+    for row, value in enumerate(scores):
+        if not math.isfinite(value):
+            raise UserError(
+                f"{where}: {value} for row {row}, response {responses[row][:60]!r}: a finite number "
+                "is expected"
+            )
+    return scores
 
 
 def plain_text(prompt: Sequence[tuple[str, str]]) -> str:
-    """A prompt for a function of texts: the one user message, or several as "role: content" lines (ours)."""
+    """The only message of a prompt, or several as "role: content" lines (ours)."""
     if len(prompt) == 1:
         return prompt[0][1]
     return "\n".join(f"{role}: {content}" for role, content in prompt)
 
 
-def conversation(prompt: Sequence[tuple[str, str]], eos: str) -> str:
-    """Safe RLHF's format up to the response; a system message goes before the first question (ours)."""
-    return render_plain(prompt, PAPER_BEGIN, PAPER_TURN, eos)
-
-
-def encode_chats(
-    tokenizer: Any, prompts: Prompts, responses: Sequence[str], max_length: int
-) -> list[list[int]]:
-    """Ids of each conversation in the tokenizer's chat template, tokenised as one text; its end is cut where it is long."""
-    from jinja2 import TemplateError
-
-    texts, ids = [], []
+def render_chats(tokenizer: Any, prompts: Prompts, responses: Sequence[str]) -> list[str]:
+    """Each conversation with its response as text, by the tokenizer's chat template."""
+    texts = []
     for prompt, response in zip(prompts, responses, strict=True):
-        messages = [
-            {"role": role, "content": content}
-            for role, content in (*prompt, ("assistant", response))
-        ]
+        turns = (*prompt, ("assistant", response))
+        messages = [{"role": role, "content": content} for role, content in turns]
         try:
             texts.append(tokenizer.apply_chat_template(messages, tokenize=False))
-        except TemplateError as error:
-            start = plain_text(prompt)[:60]
+        except jinja2.TemplateError as error:
             raise UserError(
-                f"prompt {start!r}: the tokenizer's chat template does not take this conversation ({error})"
+                f"prompt {plain_text(prompt)[:60]!r}: the tokenizer's chat template does not take "
+                f"this conversation ({error})"
             ) from None
-    for at in range(
-        0, len(texts), 1024
-    ):  # bounded memory: the tokenizer keeps far more than ids of what it is given
-        part = texts[at : at + 1024]
-        ids += tokenizer(part, add_special_tokens=False, truncation=True, max_length=max_length)[
-            "input_ids"
-        ]
-    return ids
+    return texts
+
+
+def encode(
+    tokenizer: Any, texts: Sequence[str], max_length: int, pairs: Sequence[str] | None = None
+) -> tuple[list[_Row], int]:
+    """Inputs of each text, or of texts and ``pairs``, and how many were truncated.
+
+    Texts without pairs are rendered conversations, which hold their special tokens.
+    """
+    rows: list[_Row] = []
+    truncated = 0
+    for start in range(0, len(texts), _PART):
+        chosen = slice(start, start + _PART)
+        encoded = tokenizer(
+            list(texts[chosen]),
+            None if pairs is None else list(pairs[chosen]),
+            add_special_tokens=pairs is not None,
+            truncation=True,
+            max_length=max_length,
+        )
+        for values in zip(*encoded.values(), strict=True):
+            rows.append(dict(zip(encoded.keys(), values, strict=True)))
+        truncated += sum(bool(encoding.overflowing) for encoding in encoded.encodings or [])
+    return rows, truncated
 
 
 def describe_scorer(scorer: Scorer) -> tuple[Any, Any]:
@@ -148,7 +153,7 @@ def describe_scorer(scorer: Scorer) -> tuple[Any, Any]:
     Raises:
         UserError: there is no such model, or it has no tokenizer.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer  # heavy, and not needed for functions
 
     try:
         config = AutoConfig.from_pretrained(scorer.model, **_source(scorer))
@@ -165,217 +170,220 @@ def _source(scorer: Scorer) -> dict[str, Any]:
 
 
 class _ModelScorer:
-    """A score model or a classifier behind one call."""
+    """A score model or a classifier as a function of prompts and responses."""
 
     def __init__(
         self, scorer: Scorer, kind: str, device: torch.device, batch_tokens: int | None
     ) -> None:
-        assert scorer.model is not None
-        self.name, self.device = scorer.model, device
-        self.batch_tokens = batch_tokens or BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
+        self.where, self.device = f"scorer {scorer.model}", device
+        self.batch_tokens = batch_tokens or _BATCH_TOKENS.get(device.type, _BATCH_TOKENS["cpu"])
         self.config, self.tokenizer = describe_scorer(scorer)
-        self.max_length = min(scorer.max_length, self.tokenizer.model_max_length)
-        architectures = list(self.config.architectures or [])
-        dtype = scorer.dtype if scorer.dtype == "auto" else getattr(torch, scorer.dtype)
-        if any(name.endswith(("ForScore", "ModelForScore")) for name in architectures):
+        names = list(self.config.architectures or [])
+        self.is_pku = any(name.endswith(("ForScore", "ModelForScore")) for name in names)
+        if self.is_pku:
             self._check_type(kind)
-            self.model: nn.Module = ScoreModel(scorer, self.config, dtype)
-            self.encode, self.pad = self._encode_conversation, self.tokenizer.pad_token_id or 0
-        elif any(name.endswith("ForSequenceClassification") for name in architectures):
-            self.model = self._classifier(scorer, dtype)
-            self.encode = self._encode_chat if self.tokenizer.chat_template else self._encode_pair
+            self.pad = self.tokenizer.pad_token_id or 0
+            self.model: nn.Module = ScoreModel(scorer, self.config)
+        elif any(name.endswith("ForSequenceClassification") for name in names):
             self.pad = self.config.pad_token_id
+            self.model = _load_classifier(scorer, self.config)
         else:
             raise UserError(
-                f"scorer {scorer.model}: {', '.join(architectures) or 'no architecture'} is no scorer, a ...ForScore or a "
-                "...ForSequenceClassification with one label is expected"
+                f"{self.where}: {', '.join(names) or 'a model of no architecture'} is not a scorer, "
+                "a ...ForScore or a ...ForSequenceClassification with one label is expected"
             )
         self.model.to(device).eval().requires_grad_(False)
+        limits = [scorer.max_length, self.tokenizer.model_max_length, _positions(self.model)]
+        self.max_length = min(limits)
+        self.truncated = 0
 
     def _check_type(self, kind: str) -> None:
-        said = vars(self.config).get("score_type", "reward")
-        if said != kind:
+        own = getattr(self.config, "score_type", "reward")
+        if own != kind:
             raise UserError(
-                f"scorer {self.name}: its score_type is {said!r}, used as {kind}: name it as scores.{said} instead"
+                f"{self.where}: its score_type is {own!r}, but it is used as {kind}: name it as "
+                f"scores.{own} instead"
             )
         if self.tokenizer.eos_token_id is None:
             raise UserError(
-                f"scorer {self.name}: its tokenizer has no EOS token, at which a score model reads the score"
+                f"{self.where}: its tokenizer has no EOS token, at which the score is read"
             )
-
-    def _classifier(self, scorer: Scorer, dtype: torch.dtype | str) -> nn.Module:
-        from transformers import AutoModelForSequenceClassification
-
-        if self.config.num_labels != 1:
-            raise UserError(
-                f"scorer {self.name}: a classifier of {self.config.num_labels} labels, one label is expected"
-            )
-        try:
-            return AutoModelForSequenceClassification.from_pretrained(
-                self.name,
-                config=self.config,
-                dtype=dtype,
-                use_safetensors=True,
-                **_source(scorer),
-            )
-        except OSError as error:
-            raise UserError(f"scorer {self.name}: {str(error).strip().splitlines()[0]}") from None
 
     @torch.no_grad()
     def __call__(self, prompts: Prompts, responses: Sequence[str]) -> list[float]:
-        rows = [
-            self.encode(prompt, response)
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
+        rows, truncated = self._inputs(prompts, responses)
+        if truncated and not self.truncated:
+            log.warning(
+                "%s: %d of %d inputs have more than %d tokens and are truncated; later ones are not "
+                "reported",
+                *(self.where, truncated, len(rows), self.max_length),
+            )
+        self.truncated += truncated
         values = [0.0] * len(rows)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]), reverse=True)
         while order:
             longest = len(rows[order[0]]["input_ids"])
             count = max(1, self.batch_tokens // longest)
-            chosen, order = order[:count], order[count:]
-            scores = self._forward([rows[i] for i in chosen], longest)
-            for i, value in zip(chosen, scores.float().cpu().tolist(), strict=True):
+            part, order = order[:count], order[count:]
+            scores = self._forward([rows[i] for i in part]).float().cpu().tolist()
+            for i, value in zip(part, scores, strict=True):
                 values[i] = value
         return values
 
-    def _forward(self, rows: list[dict[str, list[int]]], length: int) -> Tensor:
-        """[R] scores of rows padded on the right."""
+    def _inputs(self, prompts: Prompts, responses: Sequence[str]) -> tuple[list[_Row], int]:
+        if self.is_pku:
+            return self._pku_inputs(prompts, responses)
+        if self.tokenizer.chat_template:
+            return encode(
+                self.tokenizer, render_chats(self.tokenizer, prompts, responses), self.max_length
+            )
+        texts = [plain_text(prompt) for prompt in prompts]
+        return encode(self.tokenizer, texts, self.max_length, pairs=responses)
+
+    def _pku_inputs(self, prompts: Prompts, responses: Sequence[str]) -> tuple[list[_Row], int]:
+        """The tokenizer puts BOS in front; EOS ends every row, whatever is cut before it."""
+        eos = self.tokenizer.eos_token_id
+        rows: list[_Row] = []
+        truncated = 0
+        for prompt, response in zip(prompts, responses, strict=True):
+            text = render_plain(prompt, PAPER_BEGIN, PAPER_TURN, self.tokenizer.eos_token)
+            ids = self.tokenizer(text + response)["input_ids"]
+            ids = ids[:-1] if ids[-1] == eos else ids
+            truncated += len(ids) >= self.max_length
+            ids = [*ids[: self.max_length - 1], eos]
+            rows.append({"input_ids": ids, "attention_mask": [1] * len(ids)})
+        return rows, truncated
+
+    def _forward(self, rows: list[_Row]) -> Tensor:
+        """[R] scores; rows are padded on the right."""
         pad = self.pad
-        if (
-            pad is None
-        ):  # a classifier that knows no padding reads its last token: pad by an id that no row of the batch has
+        if pad is None:
+            # Such a classifier takes padding for the last token, at which it reads the score,
+            # unless it is named an id that no row of the batch has.
             used = {token for row in rows for token in row["input_ids"]}
             pad = next(token for token in range(len(used) + 1) if token not in used)
-            self.model.config.pad_token_id = pad  # type: ignore[union-attr]
-        filled = {
-            key: torch.tensor(
-                [
-                    row[key] + [pad if key == "input_ids" else 0] * (length - len(row[key]))
-                    for row in rows
-                ]
-            )
-            for key in rows[0]
-        }
-        out = self.model(**{key: value.to(self.device) for key, value in filled.items()})
+            self.config.pad_token_id = self.model.config.pad_token_id = pad  # type: ignore[union-attr]
+        inputs = {}
+        for name in rows[0]:
+            value = pad if name == "input_ids" else 0
+            columns = [torch.tensor(row[name]) for row in rows]
+            padded = nn.utils.rnn.pad_sequence(columns, batch_first=True, padding_value=value)
+            inputs[name] = padded.to(self.device)
+        out = self.model(**inputs)
         return out if isinstance(out, Tensor) else out.logits[:, 0]
 
-    def _encode_conversation(
-        self, prompt: Sequence[tuple[str, str]], response: str
-    ) -> dict[str, list[int]]:
-        eos = self.tokenizer.eos_token_id
-        ids = self.tokenizer(conversation(prompt, self.tokenizer.eos_token) + response)["input_ids"]
-        ids = [*(ids[:-1] if ids[-1] == eos else ids)[: self.max_length - 1], eos]
-        return {"input_ids": ids, "attention_mask": [1] * len(ids)}
 
-    def _encode_chat(
-        self, prompt: Sequence[tuple[str, str]], response: str
-    ) -> dict[str, list[int]]:
-        (ids,) = encode_chats(self.tokenizer, [prompt], [response], self.max_length)
-        return {"input_ids": ids, "attention_mask": [1] * len(ids)}
+def _positions(model: nn.Module) -> int:
+    """The most tokens that a model has positions for."""
+    config: Any = model.config
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        return 1 << 30  # relative positions
+    for name, module in model.named_modules():
+        learned = name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
+        if learned and module.padding_idx is not None:
+            return limit - int(module.padding_idx) - 1  # RoBERTa counts from behind the padding id
+    return limit
 
-    def _encode_pair(
-        self, prompt: Sequence[tuple[str, str]], response: str
-    ) -> dict[str, list[int]]:
-        return dict(
-            self.tokenizer(
-                plain_text(prompt), response, truncation=True, max_length=self.max_length
-            )
+
+def _load_classifier(scorer: Scorer, config: Any) -> nn.Module:
+    from transformers import AutoModelForSequenceClassification
+
+    if config.num_labels != 1:
+        raise UserError(
+            f"scorer {scorer.model}: a classifier of {config.num_labels} labels, one label is "
+            "expected"
         )
+    return _load_weights(AutoModelForSequenceClassification, scorer, config)
+
+
+def _load_weights(auto: Any, scorer: Scorer, config: Any) -> nn.Module:
+    dtype = scorer.dtype if scorer.dtype == "auto" else getattr(torch, scorer.dtype)
+    options = {"config": config, "dtype": dtype, "use_safetensors": True, **_source(scorer)}
+    try:
+        model: nn.Module = auto.from_pretrained(scorer.model, **options)
+    except OSError as error:
+        raise UserError(f"scorer {scorer.model}: {str(error).strip().splitlines()[0]}") from None
+    return model
 
 
 class ScoreModel(nn.Module):
-    """PKU's score model: {input_ids [R, T], attention_mask [R, T]} -> [R], the score at each row's last real token."""
+    """PKU's score model: input_ids and attention_mask [R, T] -> [R] at each row's last token."""
 
     mean: Tensor
-    var: Tensor
+    std: Tensor
 
-    def __init__(self, scorer: Scorer, config: Any, dtype: torch.dtype | str) -> None:
+    def __init__(self, scorer: Scorer, config: Any) -> None:
         from transformers import AutoModel
 
         super().__init__()
-        assert scorer.model is not None
-        options = {
-            "dtype": dtype,
-            "use_safetensors": True,
-            **_source(scorer),
-        }
-        head = _head_tensors(scorer.model, scorer.revision)
-        try:
-            self.backbone = AutoModel.from_pretrained(scorer.model, config=config, **options)
-        except OSError as error:
-            raise UserError(
-                f"scorer {scorer.model}: {str(error).strip().splitlines()[0]}"
-            ) from None
+        head = _head_tensors(scorer)
+        self.config, self.backbone = config, _load_weights(AutoModel, scorer, config)
         weight = head.get("score_head.weight")
         if weight is None or tuple(weight.shape) != (1, config.hidden_size):
-            shape = "is missing" if weight is None else f"is {tuple(weight.shape)}"
+            state = "is missing" if weight is None else f"is {tuple(weight.shape)}"
             raise UserError(
-                f"scorer {scorer.model}: score_head.weight {shape}, (1, {config.hidden_size}) is expected"
+                f"scorer {scorer.model}: score_head.weight {state}, (1, {config.hidden_size}) is "
+                "expected"
             )
         self.score_head = nn.Linear(config.hidden_size, 1)
         with torch.no_grad():
             self.score_head.weight.copy_(weight)
             self.score_head.bias.copy_(head.get("score_head.bias", torch.zeros(1)))
-        said = vars(config)
-        self.normalize, self.centre = (
-            bool(said.get("do_normalize")),
-            said.get("score_type", "reward") == "reward",
-        )
-        for name, default in (
-            ("mean", 0.0),
-            ("var", 1.0),
-        ):  # the checkpoint's buffers, else the configuration's values
-            value = head.get(f"normalizer.{name}")
-            value = torch.as_tensor(said.get(name) or [default]) if value is None else value
-            self.register_buffer(name, value.float().reshape(1))
+        self.normalize = bool(getattr(config, "do_normalize", False))
+        is_reward = getattr(config, "score_type", "reward") == "reward"
+        mean = _statistic(head, config, "mean", 0.0) if is_reward else torch.zeros(1)
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", _statistic(head, config, "var", 1.0).sqrt() + 1e-8)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.backbone(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False
         ).last_hidden_state
         last = hidden[torch.arange(len(hidden), device=hidden.device), attention_mask.sum(-1) - 1]
-        score = self.score_head(last.float()).squeeze(
-            -1
-        )  # float32 whatever the backbone's dtype (ours): bfloat16 is coarse
-        if self.normalize:
-            score = (score - self.mean if self.centre else score) / (self.var.sqrt() + 1e-8)
-        return score
+        # float32 whatever the backbone's dtype (ours): bfloat16 scores are coarse
+        score: Tensor = self.score_head(last.float()).squeeze(-1)
+        return (score - self.mean) / self.std if self.normalize else score
 
 
-def _head_tensors(model: str, revision: str | None) -> dict[str, Tensor]:
-    """score_head.* and normalizer.* of a checkpoint, one file or several, local or of the hub's cache. Safetensors only."""
-    import json
+def _statistic(head: dict[str, Tensor], config: Any, name: str, default: float) -> Tensor:
+    """[1], the checkpoint's, else the configuration's."""
+    value = head.get(f"normalizer.{name}")
+    if value is None:
+        value = torch.as_tensor(getattr(config, name, None) or [default])
+    return value.float().reshape(1)
 
+
+def _head_tensors(scorer: Scorer) -> dict[str, Tensor]:
+    """score_head.* and normalizer.* of a checkpoint of one or several safetensors files."""
     from safetensors import safe_open
     from transformers.utils import cached_file
 
-    found: dict[str, Tensor] = {}
-    index = cached_file(
-        model,
-        "model.safetensors.index.json",
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-    )
+    def find(name: str) -> str | None:
+        return cached_file(
+            scorer.model,
+            name,
+            revision=scorer.revision,
+            _raise_exceptions_for_missing_entries=False,
+        )
+
+    prefixes = ("score_head.", "normalizer.")
+    names = {"model.safetensors"}
+    index = find("model.safetensors.index.json")
     if index:
-        names = json.loads(Path(index).read_text("utf-8"))["weight_map"]
-        names = {
-            file for key, file in names.items() if key.startswith(("score_head.", "normalizer."))
-        }
-    else:
-        names = {"model.safetensors"}
-    with ExitStack() as files:
+        files = json.loads(Path(index).read_text("utf-8"))["weight_map"]
+        names = {file for key, file in files.items() if key.startswith(prefixes)}
+    tensors: dict[str, Tensor] = {}
+    with ExitStack() as opened:
         for name in names:
-            path = cached_file(
-                model, name, revision=revision, _raise_exceptions_for_missing_entries=False
-            )
+            path = find(name)
             if path is None:
                 raise UserError(
-                    f"scorer {model}: {name} is not there; a score model in safetensors is expected, no pickle is read"
+                    f"scorer {scorer.model}: {name} is missing; a score model in safetensors is "
+                    "expected, no pickle is read"
                 )
-            file = files.enter_context(safe_open(path, framework="pt"))
-            found |= {
-                key: file.get_tensor(key)
-                for key in file.keys()  # noqa: SIM118 - safe_open is not iterable
-                if key.startswith(("score_head.", "normalizer."))
-            }
-    return found
+            file = opened.enter_context(safe_open(path, framework="pt"))
+            for key in file.keys():  # noqa: SIM118 - safe_open is not iterable
+                if key.startswith(prefixes):
+                    tensors[key] = file.get_tensor(key)
+    return tensors
