@@ -198,8 +198,8 @@ def routing_state(
         mask = None  # generate's own mask: prompts are padded on the left
     elif mask is not None:
         raise RuntimeError(
-            "scope last cannot read prompts from a mask that is not [rows, tokens]: give anchors by "
-            "RoutedCausalLM.anchored"
+            "scope last cannot read prompts from a mask that is not [rows, tokens]: give anchors "
+            "by RoutedCausalLM.anchored"
         )
     return RoutingState(
         scope, row_anchors(shape, mask, device, width=width), None, forced, collected

@@ -94,8 +94,8 @@ def _checked(values: Any, responses: Sequence[str], where: str) -> list[float]:
     for row, value in enumerate(scores):
         if not math.isfinite(value):
             raise UserError(
-                f"{where}: {value} for row {row}, response {responses[row][:60]!r}: a finite number "
-                "is expected"
+                f"{where}: {value} for row {row}, response {responses[row][:60]!r}: a finite "
+                "number is expected"
             )
     return scores
 
@@ -189,8 +189,8 @@ class _ModelScorer:
             self.model = _load_classifier(scorer, self.config)
         else:
             raise UserError(
-                f"{self.where}: {', '.join(names) or 'a model of no architecture'} is not a scorer, "
-                "a ...ForScore or a ...ForSequenceClassification with one label is expected"
+                f"{self.where}: {', '.join(names) or 'no architecture'} is not a scorer, a "
+                "...ForScore or a ...ForSequenceClassification with one label is expected"
             )
         self.model.to(device).eval().requires_grad_(False)
         limits = [scorer.max_length, self.tokenizer.model_max_length, _positions(self.model)]
@@ -214,8 +214,8 @@ class _ModelScorer:
         rows, truncated = self._inputs(prompts, responses)
         if truncated and not self.truncated:
             log.warning(
-                "%s: %d of %d inputs have more than %d tokens and are truncated; later ones are not "
-                "reported",
+                "%s: %d of %d inputs have more than %d tokens and are truncated; later ones are "
+                "not reported",
                 *(self.where, truncated, len(rows), self.max_length),
             )
         self.truncated += truncated
