@@ -1,9 +1,11 @@
-"""Attention over rows that hold a tree of responses: FlexAttention's block mask on CUDA, and an exact one of GEMMs on CPUs.
+"""Attention over rows that hold a tree of responses, for every attention that a model may have.
 
-R rows, T tokens of a row, H heads over K key-value heads, d a head's size, n tokens of a segment, m of those that it sees.
+On CUDA it is FlexAttention's block mask. On CPUs each prompt and each response is a segment that
+attends to exactly what it sees, by GEMMs, so that nothing is spent on other responses, other
+documents or padding, and no [T, T] is ever computed; torch's fused attention for CPUs computes it.
 
-On CPUs each prompt and each response is a segment that attends to exactly what it sees, so nothing is spent on other responses,
-other documents or padding, and no [T, T] is made. Torch's fused attention for CPUs computes the whole [T, T], in small blocks.
+R rows, T tokens of a row, H heads over K key-value heads, d a head's size (of a value it may differ),
+n tokens of a segment, m of those that it sees.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from ..data.batching import Segment, TokenBatch
 
 NAME = "midpo_tree"  # among transformers' attention implementations
 SCORES = 1 << 20  # attention scores that exist at once; those of one key-value head at least
+_LOWEST = torch.finfo(torch.float32).min
 
 
 def register() -> None:
@@ -36,49 +39,56 @@ def attention_forward(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    sliding_window: int | None = None,
-    tree: Tree | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Of the batch's segments where the decoder was called with ``tree``; SDPA in all other uses of the model."""
+    """Attention by segments where the mask is a tree's ``mark``; SDPA in all other uses of the model."""
+    tree, window = getattr(attention_mask, "tree", (None, None))
     if tree is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+        if attention_mask is not None and attention_mask.shape[-2:] != (
+            query.shape[2],
+            key.shape[2],
+        ):
+            raise ValueError("the model does not pass its attention mask on as it is given")
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if dropout or kwargs.get("softcap") is not None:
-        raise ValueError("attention dropout and soft caps need model.attention: eager")
+    if dropout or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise ValueError("attention with dropout, a soft cap or sinks needs model.attention: eager")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _Attention.apply(query, key, value, tree, sliding_window, scaling).transpose(1, 2), None
+    return _Attention.apply(query, key, value, tree, window, scaling).transpose(1, 2), None
 
 
 class Tree:
-    """A batch's segments, and what is added to the scores of each: 0 where it sees, the lowest number where not."""
+    """A batch's segments, and what is added to the scores of each: 0 where it sees, else -inf."""
 
     def __init__(self, batch: TokenBatch) -> None:
-        self.segments = batch.segments
+        self.segments, self._device = batch.segments, batch.input_ids.device
         self._added: dict[tuple[int, int, int | None], Tensor] = {}
 
-    def added(self, segment: Segment, window: int | None, device: torch.device) -> Tensor:
-        """[n, m]: positions count from the prompt's start, so they say it all."""
-        prompt, own = (
-            segment.prompt.stop - segment.prompt.start,
-            segment.own.stop - segment.own.start,
-        )
-        if window is not None and window >= prompt + own:
-            window = None
-        if (prompt, own, window) not in self._added:
-            ahead = (
-                torch.arange(prompt + own, device=device)
-                - torch.arange(prompt, prompt + own, device=device)[:, None]
-            )
+    def mark(self, window: int | None) -> Tensor:
+        """A [1, 1, 1, 1] in place of a mask, from which ``attention_forward`` takes tree and window.
+
+        Transformers passes a mask of four dimensions on to the attention function as it is, also
+        where a model drops keyword arguments that it does not know.
+        """
+        marked = torch.zeros(1, 1, 1, 1, device=self._device)
+        marked.tree = self, window  # type: ignore[attr-defined]
+        return marked
+
+    def added(self, segment: Segment, window: int | None) -> Tensor:
+        """[n, m] for a segment; positions count from the prompt's start, so they decide it."""
+        prompt = segment.prompt.stop - segment.prompt.start
+        seen = prompt + segment.own.stop - segment.own.start
+        window = None if window is None or window >= seen else window
+        if (prompt, seen, window) not in self._added:
+            token = torch.arange(seen, device=self._device)
+            ahead = token - token[prompt:, None]
             hidden = ahead > 0 if window is None else (ahead > 0) | (ahead <= -window)
-            added = torch.zeros(hidden.shape, device=device).masked_fill_(
-                hidden, torch.finfo(torch.float32).min
-            )
-            self._added[prompt, own, window] = added
-        return self._added[prompt, own, window]
+            added = torch.zeros(hidden.shape, device=self._device)
+            self._added[prompt, seen, window] = added.masked_fill_(hidden, _LOWEST)
+        return self._added[prompt, seen, window]
 
 
 def bias(batch: TokenBatch, window: int | None, dtype: torch.dtype) -> Tensor:
@@ -119,14 +129,14 @@ class _Attention(torch.autograd.Function):
         window: int | None,
         scaling: float,
     ) -> Tensor:
-        out = query.new_zeros(query.transpose(1, 2).shape).transpose(
-            1, 2
-        )  # in memory [R, T, H, d], as the next Linear reads it
+        rows, count, tokens, _ = query.shape
+        # In memory [R, T, H, d], as the next Linear reads it.
+        out = query.new_zeros(rows, tokens, count, value.shape[-1]).transpose(1, 2)
         for segment in tree.segments:
             for heads, keys in _heads(query, key, segment):
                 q = _own(query, segment, heads, len(range(*keys.indices(key.shape[1]))))
                 weights = _weights(
-                    q, _seen(key, segment, keys), tree.added(segment, window, q.device), scaling
+                    q, _seen(key, segment, keys), tree.added(segment, window), scaling
                 )
                 made = torch.bmm(weights.to(value.dtype), _seen(value, segment, keys))
                 out[segment.row, heads, segment.own] = made.view(
@@ -149,7 +159,7 @@ class _Attention(torch.autograd.Function):
                 groups = len(range(*keys.indices(key.shape[1])))
                 q, g, o = (_own(x, segment, heads, groups) for x in (query, upstream, out))
                 k, v = _seen(key, segment, keys), _seen(value, segment, keys)
-                weights = _weights(q, k, tree.added(segment, window, q.device), scaling)
+                weights = _weights(q, k, tree.added(segment, window), scaling)
                 _add(of_value, segment, keys, torch.bmm(weights.to(g.dtype).transpose(1, 2), g))
                 correction = (g.float() * o.float()).sum(-1, keepdim=True)
                 of_scores = (

@@ -1,6 +1,6 @@
 """A model's decoder over the rows of a TokenBatch: trees of responses, whatever the model's attention.
 
-R rows, T tokens of a row, D hidden.
+R rows, T tokens of a row, N response tokens, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,92 +9,143 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from ..data.batching import TokenBatch
-from ..errors import UserError
+from ..data.batching import Document, TokenBatch, collate
 from . import attention
+from .selfcheck import Way, choose_way
+
+_WAY = "_midpo_way"  # attribute of a Hugging Face model: how it is read, once it is proven
 
 
 class TreeDecoder(nn.Module):
-    """What reads the hidden states of every response of a batch.
+    """Reads the hidden states of every response of a batch.
+
+    A model is read the way in which it gives its own values (``selfcheck``): as trees of responses,
+    where SDPA on a CPU becomes ``attention``, or as padded rows with the model's own attention.
 
     Args:
-        model: a Hugging Face model with a decoder, or a PEFT or routed model of one. SDPA on a CPU becomes ``attention``; the
-            model's own forward goes on as before.
+        model: a Hugging Face model with a decoder, or a PEFT or routed model of one. The model's own
+            forward stays as it is. A routed model must have been proven before its modules were
+            wrapped, as ``assembly.route`` does.
 
     Raises:
-        UserError: the model has attention layers of a kind that is not known here.
+        UserError: the model gives its own values in no way that is known here.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        inner = self._model
-        config = inner.config.get_text_config()
-        if config._attn_implementation == "sdpa" and inner.device.type == "cpu":
-            attention.register()
-            inner.set_attn_implementation(attention.NAME)
-        self._windows = _windows(config, inner.name_or_path)
+        inner, config = self._model, self._model.config.get_text_config()
+        self._own = (
+            "sdpa" if config._attn_implementation == attention.NAME else config._attn_implementation
+        )
+        self._windows = _windows(config)
+        self.way: Way = "tree"
+        if hasattr(inner, _WAY):
+            self.use(getattr(inner, _WAY))
+        else:
+            setattr(inner, _WAY, choose_way(inner, self))
 
     @property
     def _model(self) -> Any:
-        """The Hugging Face model within; not registered a second time, so that parameters keep one name."""
-        from transformers import PreTrainedModel
+        """The Hugging Face model within; not registered again, so that parameters keep one name."""
+        return hugging_face_model(self.model)
 
-        return next(
-            module for module in self.model.modules() if isinstance(module, PreTrainedModel)
-        )
+    def use(self, way: Way) -> None:
+        """Read batches this way from now on."""
+        if way == "tree" and self._windows is None:
+            raise ValueError("attention layers of an unknown kind")
+        self.way = way
+        segments = way == "tree" and self._own == "sdpa" and self._model.device.type == "cpu"
+        if segments:
+            attention.register()
+        wanted = attention.NAME if segments else self._own
+        if self._model.config.get_text_config()._attn_implementation != wanted:
+            self._model.set_attn_implementation(wanted)
+
+    def arrange(self, batch: TokenBatch) -> TokenBatch:
+        """The batch as it is read: itself, or its responses in padded rows, in the same order."""
+        return batch if self.way == "tree" else as_padded(batch)
 
     def hidden(self, batch: TokenBatch) -> Tensor:
-        """[R * T, D]: the decoder's last hidden states, at flat positions."""
-        states = self._model.get_decoder()(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            **self._attention(batch),
-        ).last_hidden_state
-        return states.flatten(0, 1)
+        """[R * T, D]: the decoder's last hidden states of an arranged batch, at flat positions."""
+        if self.way == "rows":
+            inputs = {"attention_mask": (batch.document_ids >= 0).long()}
+        else:
+            inputs = {"position_ids": batch.position_ids, **self._tree_attention(batch)}
+        decoder = self._model.get_decoder()
+        output = decoder(input_ids=batch.input_ids, use_cache=False, **inputs)
+        return output.last_hidden_state.flatten(0, 1)
 
-    def _attention(self, batch: TokenBatch) -> dict[str, Any]:
-        """The mask as the model's attention takes it; one for each kind of layer where windows differ and matter."""
-        if self._model.get_decoder().config._attn_implementation == attention.NAME:
-            nothing = torch.zeros(
-                1, 1, 1, 1, device=batch.input_ids.device
-            )  # keeps transformers from making a mask
-            return {"attention_mask": nothing, "tree": attention.Tree(batch)}
+    def _tree_attention(self, batch: TokenBatch) -> dict[str, Any]:
+        """The mask as the model's attention takes it; one for each kind of layer where windows differ."""
+        assert self._windows is not None
         length = batch.input_ids.shape[1]
-        windows = {
-            kind: w if w is not None and w < length else None for kind, w in self._windows.items()
-        }
-        masks = {window: self._mask(batch, window) for window in set(windows.values())}
-        same = len(masks) == 1
-        return {
-            "attention_mask": masks.popitem()[1]
-            if same
-            else {kind: masks[window] for kind, window in windows.items()}
-        }
-
-    def _mask(self, batch: TokenBatch, window: int | None) -> Any:
         kind = self._model.get_decoder().config._attn_implementation
+        effective = {
+            k: w if w is not None and w < length else None for k, w in self._windows.items()
+        }
+        if kind == attention.NAME:
+            tree = attention.Tree(batch)
+            masks = {window: tree.mark(window) for window in set(effective.values())}
+        else:
+            masks = {window: self._mask(kind, batch, window) for window in set(effective.values())}
+        if len(masks) == 1:
+            return {"attention_mask": masks.popitem()[1]}
+        return {"attention_mask": {k: masks[window] for k, window in effective.items()}}
+
+    def _mask(self, kind: str, batch: TokenBatch, window: int | None) -> Any:
         if kind == "eager":
             return attention.bias(batch, window, self._model.dtype)
         if kind == "flex_attention":
             return attention.block_mask(batch, window)
         if kind == "sdpa":
             return batch.mask(window)
-        raise UserError(
-            f"model.attention is {kind}, which takes no tree of responses: use auto, sdpa, eager or flex_attention"
-        )
+        raise ValueError(f"attention {kind} takes no mask of a tree")
+
+    # --- what the self-check compares -----------------------------------------------------------
+
+    def values(self, batch: TokenBatch) -> Tensor:
+        """[N, D]: the hidden states that predict the response tokens."""
+        batch = self.arrange(batch)
+        return self.hidden(batch).index_select(0, batch.predict_index).float()
+
+    def reference(self, document: list[int]) -> Tensor:
+        """[T, D]: the decoder's own hidden states of one row."""
+        ids = torch.tensor([document], device=self._model.device)
+        return self._model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+
+    def compared(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return outputs.float()
 
 
-def _windows(config: Any, name: str) -> dict[str, int | None]:
-    """Kind of attention layer -> how many positions it sees, itself included; None is all."""
+def hugging_face_model(model: nn.Module) -> Any:
+    """The Hugging Face model in a PEFT or routed model of one, or itself."""
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
+def as_padded(batch: TokenBatch) -> TokenBatch:
+    """The same responses in the same order, in rows of layout ``padded``."""
+    documents: list[Document] = []
+    ids = batch.input_ids.tolist()
+    for row, prompt, own in batch.segments:
+        if prompt.start == prompt.stop:
+            documents.append(Document(ids[row][own], []))
+        else:
+            documents[-1].suffixes.append(ids[row][own])
+    return collate(documents, "padded").to(batch.input_ids.device)
+
+
+def _windows(config: Any) -> dict[str, int | None] | None:
+    """Kind of attention layer -> how many positions it sees, itself included; None is all.
+
+    Returns None where a layer is of another kind than full or sliding attention.
+    """
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or [])
-    if unknown := kinds - {"full_attention", "sliding_attention"}:
-        raise UserError(
-            f"model {name}: its layers are of kind {', '.join(sorted(unknown))}; full_attention and sliding_attention are known"
-        )
+    if kinds - {"full_attention", "sliding_attention"}:
+        return None
     if not kinds:
         return {"all": window}
     return {kind: window if kind == "sliding_attention" else None for kind in kinds}
