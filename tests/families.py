@@ -29,8 +29,32 @@ SIZES = {
     "index_topk": 64, "attention_hidden_size": 32, "moe_num_shared_experts": 1, "num_shared_experts": 1, "n_shared_experts": 1,
 }  # fmt: skip
 LAYERS = (
-    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers",
-)  # fmt: skip
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "encoder_layers",
+    "decoder_layers",
+)
+KEY_HEADS = (
+    "num_key_value_heads",
+    "num_kv_heads",
+    "multi_query_group_num",
+    "num_global_key_value_heads",
+)
+UNSET = {
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "num_experts_per_tok": 2,
+    "moe_topk": 2,
+}  # where it is None
+SPECIAL: dict[str, dict[str, Any]] = {
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "reformer": {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (8, 8), "attn_layers": ["local", "local"]},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "xlm": {"n_langs": 1, "emb_dim": 32, "n_words": VOCABULARY},
+    "xlstm": {"num_blocks": 2},
+}  # fmt: skip
 
 
 def tiny_config(family: str) -> Any:
@@ -38,38 +62,50 @@ def tiny_config(family: str) -> Any:
     config = transformers.AutoConfig.for_model(family)
     text = config.get_text_config(decoder=True)
     shrink(text)
+    for name, value in SPECIAL.get(family, {}).items():
+        setattr(text, name, value)
     return text
 
 
 def shrink(config: Any) -> None:
     values = dict(vars(config))
-    kinds = values.get("layer_types")
-    kinds = list(dict.fromkeys(kinds)) if kinds else []
+    kinds = list(dict.fromkeys(values.get("layer_types") or []))
     count = max(2, len(kinds))
+    heads = next(
+        (values[n] for n in ("num_attention_heads", "n_head", "n_heads") if n in values), None
+    )
     for name, value in values.items():
-        if name in LAYERS and isinstance(value, int):
-            setattr(config, name, count)
-        elif name in ("num_key_value_heads", "num_kv_heads", "multi_query_group_num", "num_global_key_value_heads"):
-            if isinstance(value, int):
-                heads = values.get("num_attention_heads") or values.get("n_head") or values.get("n_heads")
-                setattr(config, name, 1 if value == 1 else 4 if value == heads else 2)
-        elif name in SIZES and isinstance(value, int) and not isinstance(value, bool):
-            setattr(config, name, SIZES[name])
-        elif name == "layer_types" and kinds:
-            setattr(config, name, (kinds * count)[:count])
-        elif isinstance(value, list) and len(value) > count and len(value) == depth(values):
-            setattr(config, name, value[:count])
-        elif name.endswith("token_id") and isinstance(value, int) and value >= VOCABULARY:
-            setattr(config, name, 2)
-        elif name.endswith("token_id") and isinstance(value, list):
-            setattr(config, name, 2)
-        elif isinstance(value, transformers.PreTrainedConfig):
+        if isinstance(value, transformers.PreTrainedConfig):
             shrink(value)
-    for name in ("initializer_range", "init_std"):
-        if isinstance(values.get(name), float):
-            setattr(config, name, 0.2)
-    if hasattr(config, "is_decoder") or "is_decoder" in values:
+            continue
+        small = tiny(name, value, count, heads, values)
+        if small is not None:
+            setattr(config, name, small)
+    if kinds:
+        config.layer_types = (kinds * count)[:count]
+    if "is_decoder" in values:
         config.is_decoder = True
+
+
+def tiny(name: str, value: Any, count: int, heads: Any, values: dict[str, Any]) -> Any:
+    """The small value of one setting; None leaves it as it is."""
+    if value is None:
+        return UNSET.get(name)
+    if isinstance(value, list):
+        if name.endswith("token_id"):
+            return 2
+        return value[:count] if len(value) > count and len(value) == depth(values) else None
+    if name in ("initializer_range", "init_std") and isinstance(value, float):
+        return 0.2  # wider than usual, so that faults show
+    if isinstance(value, bool) or not isinstance(value, int):
+        return None
+    if name in LAYERS:
+        return count
+    if name in KEY_HEADS:
+        return 1 if value == 1 else 4 if value == heads else 2
+    if name.endswith("token_id"):
+        return 2 if value >= VOCABULARY else None
+    return SIZES.get(name)
 
 
 def depth(values: dict[str, Any]) -> int:
@@ -85,3 +121,17 @@ def build(family: str) -> Any:
         if isinstance(model, tuple):
             model = model[0]
         return model(config).eval().requires_grad_(False)
+
+
+def plain_log_probs(model: Any, documents: list[Any]) -> torch.Tensor:
+    """[S] float64: the model's own forward on one row per response, log_softmax, gather, sum."""
+    sums = []
+    with torch.no_grad():
+        for document in documents:
+            for suffix in document.suffixes:
+                ids = torch.tensor([[*document.prefix, *suffix]])
+                logs = model(input_ids=ids, use_cache=False).logits[0].double().log_softmax(-1)
+                start = len(document.prefix) - 1
+                places = torch.arange(start, start + len(suffix))
+                sums.append(logs[places, torch.tensor(suffix)].sum())
+    return torch.stack(sums)

@@ -187,11 +187,12 @@ def test_gradient_checkpointing_changes_nothing(name) -> None:
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_head_against_float64(softcap, bias, monkeypatch) -> None:
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_the_head_against_float64(softcap, bias, scale, monkeypatch) -> None:
     monkeypatch.setattr("midpo_ray.models.logprobs.CHUNK", 60)  # chunks of two rows
     torch.manual_seed(0)
     linear = nn.Linear(16, 30, bias=bias).requires_grad_(False)
-    head, labels, upstream = LogProbHead(linear, softcap), torch.randint(30, (11,)), torch.randn(11)
+    head, labels, upstream = LogProbHead(linear, scale, softcap), torch.randint(30, (11,)), torch.randn(11)
     hidden = torch.randn(11, 16, requires_grad=True)
     values = head(hidden, labels)
     values.backward(upstream)
@@ -199,6 +200,7 @@ def test_the_head_against_float64(softcap, bias, monkeypatch) -> None:
     logits = F.linear(
         exact, linear.weight.double(), None if linear.bias is None else linear.bias.double()
     )
+    logits = logits * scale
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     expected = logits.log_softmax(-1)[torch.arange(11), labels]
     expected.backward(upstream.double())
@@ -214,7 +216,7 @@ def test_a_head_that_trains() -> None:
     torch.manual_seed(0)
     linear = nn.Linear(16, 30)
     head, hidden, labels = (
-        LogProbHead(linear, 4.0),
+        LogProbHead(linear, 1.0, 4.0),
         torch.randn(7, 16, requires_grad=True),
         torch.randint(30, (7,)),
     )
@@ -264,13 +266,7 @@ def test_the_backward_pass_stops_at_the_lowest_trainable_layer() -> None:
     assert seen == [model.model.layers[2]]
 
 
-def test_models_that_would_be_wrong_are_refused() -> None:
-    config = transformers.CohereConfig(
-        **{k: v for k, v in SHAPE.items() if k != "head_dim"}, logit_scale=0.5
-    )
-    scaled = transformers.CohereForCausalLM(config)
-    with pytest.raises(UserError, match="logit_scale"):
-        ResponseLogProbs(scaled)
+def test_a_wrapped_head_is_refused() -> None:
     model = add_lora(causal_lm("Llama"), Lora(r=2, target_modules=("lm_head",)), seed=0)
     with pytest.raises(UserError, match=r"lora\.target_modules"):
         ResponseLogProbs(model)

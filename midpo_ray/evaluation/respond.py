@@ -20,6 +20,7 @@ from lm_eval.models.huggingface import HFLM
 from ..data.batching import Document, TokenBatch, collate, split_batch
 from ..errors import UserError
 from ..models.logprobs import CHUNK, ResponseLogProbs
+from ..models.selfcheck import BATCHED
 from .generate import Generator
 
 PASS_TOKENS = 8192  # of one forward pass (ours)
@@ -41,7 +42,7 @@ class HarnessModel(HFLM):
             pretrained=self._causal,
             tokenizer=generator.tokenizer,
             max_length=generator.context - 1,  # its windows have one token more
-            batch_size=generator.options.batch,
+            batch_size=generator.options.batch if getattr(self._causal, BATCHED, True) else 1,
         )
         self._model = generator.model
         self._logprobs = ResponseLogProbs(self._causal)
@@ -79,7 +80,7 @@ class HarnessModel(HFLM):
 
     @torch.no_grad()
     def _forward(self, batch: TokenBatch) -> list[LogLikelihood]:
-        batch = batch.to(self.device)
+        batch = self._logprobs.arrange(batch.to(self.device))
         head = self._causal.get_output_embeddings()
         with self._anchored(batch):
             hidden = self._logprobs.hidden(batch).index_select(0, batch.predict_index)  # [N, D]

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from ..config import EXPERTS, Data, Model, Router
 from ..errors import UserError
 from .base import check_adapter_base, load_base, load_tokenizer, model_fingerprint
+from .logprobs import prove
 from .routed import RoutedCausalLM, template_data
 from .router import GateKind, RoutedLinear, fold_gate, make_gate
+from .selfcheck import BATCHED, check_generation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -194,6 +196,7 @@ def _wrap(
                     f"{expert.weights_file}: {path} maps {adapter_shape[0]} to {adapter_shape[1]}, "
                     f"in {name} it maps {shape[0]} to {shape[1]}: an adapter of another base"
                 )
+    prove(model)  # while its modules are its own
     layers: dict[str, RoutedLinear] = {}
     for path, linear in modules.items():
         if path in first.weights:
@@ -306,7 +309,9 @@ def load_routed(
     data = template_data(settings["data"])
     routed = _routed(model, layers, experts, router, base, load_tokenizer(base), data)
     routed.load_gate_state(_read_tensors(weights_file), str(weights_file))
-    return routed.fold().eval()
+    routed.fold().eval()
+    setattr(model, BATCHED, check_generation(routed, str(path), routed=True))
+    return routed
 
 
 def _dtype_name(dtype: str | torch.dtype) -> str:

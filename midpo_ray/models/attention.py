@@ -4,8 +4,8 @@ On CUDA it is FlexAttention's block mask. On CPUs each prompt and each response 
 attends to exactly what it sees, by GEMMs, so that nothing is spent on other responses, other
 documents or padding, and no [T, T] is ever computed; torch's fused attention for CPUs computes it.
 
-R rows, T tokens of a row, H heads over K key-value heads, d a head's size (of a value it may differ),
-n tokens of a segment, m of those that it sees.
+R rows, T tokens of a row, H heads over K key-value heads, d a head's size (of a value it may
+differ), n tokens of a segment, m of those that it sees.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention by segments where the mask is a tree's ``mark``; SDPA in all other uses of the model."""
+    """Attention by segments where the mask is a tree's ``mark``; SDPA in all other uses."""
     tree, window = getattr(attention_mask, "tree", (None, None))
     if tree is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -68,7 +68,7 @@ class Tree:
         self._added: dict[tuple[int, int, int | None], Tensor] = {}
 
     def mark(self, window: int | None) -> Tensor:
-        """A [1, 1, 1, 1] in place of a mask, from which ``attention_forward`` takes tree and window.
+        """A [1, 1, 1, 1] in place of a mask; ``attention_forward`` takes tree and window from it.
 
         Transformers passes a mask of four dimensions on to the attention function as it is, also
         where a model drops keyword arguments that it does not know.
@@ -100,7 +100,7 @@ def bias(batch: TokenBatch, window: int | None, dtype: torch.dtype) -> Tensor:
 
 
 def block_mask(batch: TokenBatch, window: int | None) -> Any:
-    """``batch.mask`` for FlexAttention: blocks of it that are empty are not computed, and [T, T] is never made."""
+    """``batch.mask`` for FlexAttention, which leaves out its empty blocks."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     document, branch, position = batch.document_ids, batch.branch_ids, batch.position_ids
@@ -117,7 +117,10 @@ def block_mask(batch: TokenBatch, window: int | None) -> Any:
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(q k^T scaling + added) v, [R, H, T, d]. Kept are q, k, v and the result; heads that share a key are one GEMM."""
+    """softmax(q k^T scaling + added) v, [R, H, T, d].
+
+    Kept are q, k, v and the result. Heads that share a key are one GEMM.
+    """
 
     @staticmethod
     def forward(
@@ -189,7 +192,7 @@ def _heads(query: Tensor, key: Tensor, segment: Segment) -> list[tuple[slice, sl
 
 
 def _own(x: Tensor, segment: Segment, heads: slice, groups: int) -> Tensor:
-    """[R, H, T, d] -> [K, H/K n, d]: a segment's tokens, heads that share a key and value below each other."""
+    """[R, H, T, d] -> [K, H/K n, d]: a segment's tokens, with heads of one key in one matrix."""
     return x[segment.row, heads, segment.own].reshape(groups, -1, x.shape[-1])
 
 

@@ -1,4 +1,4 @@
-"""A model's decoder over the rows of a TokenBatch: trees of responses, whatever the model's attention.
+"""A model's decoder over the rows of a TokenBatch: trees of responses, or padded rows.
 
 R rows, T tokens of a row, N response tokens, D hidden, V vocabulary.
 """
@@ -25,8 +25,8 @@ class TreeDecoder(nn.Module):
     where SDPA on a CPU becomes ``attention``, or as padded rows with the model's own attention.
 
     Args:
-        model: a Hugging Face model with a decoder, or a PEFT or routed model of one. The model's own
-            forward stays as it is. A routed model must have been proven before its modules were
+        model: a Hugging Face model with a decoder, or a PEFT or routed model of one. The model's
+            own forward stays as it is. A routed model must have been proven before its modules were
             wrapped, as ``assembly.route`` does.
 
     Raises:
@@ -52,6 +52,16 @@ class TreeDecoder(nn.Module):
         """The Hugging Face model within; not registered again, so that parameters keep one name."""
         return hugging_face_model(self.model)
 
+    @property
+    def _decoder(self) -> Any:
+        """What gives hidden states: some families call their head, or all of it, a decoder."""
+        decoder = self._model.get_decoder()
+        named = isinstance(decoder, PreTrainedModel) and decoder is not self._model
+        if named:
+            return decoder
+        parts = (m for m in self._model.modules() if isinstance(m, PreTrainedModel))
+        return next((m for m in parts if m is not self._model), self._model)
+
     def use(self, way: Way) -> None:
         """Read batches this way from now on."""
         if way == "tree" and self._windows is None:
@@ -74,15 +84,14 @@ class TreeDecoder(nn.Module):
             inputs = {"attention_mask": (batch.document_ids >= 0).long()}
         else:
             inputs = {"position_ids": batch.position_ids, **self._tree_attention(batch)}
-        decoder = self._model.get_decoder()
-        output = decoder(input_ids=batch.input_ids, use_cache=False, **inputs)
+        output = self._decoder(input_ids=batch.input_ids, use_cache=False, **inputs)
         return output.last_hidden_state.flatten(0, 1)
 
     def _tree_attention(self, batch: TokenBatch) -> dict[str, Any]:
-        """The mask as the model's attention takes it; one for each kind of layer where windows differ."""
+        """The mask as the model's attention takes it; one for each kind of layer."""
         assert self._windows is not None
         length = batch.input_ids.shape[1]
-        kind = self._model.get_decoder().config._attn_implementation
+        kind = self._decoder.config._attn_implementation
         effective = {
             k: w if w is not None and w < length else None for k, w in self._windows.items()
         }
@@ -114,7 +123,7 @@ class TreeDecoder(nn.Module):
     def reference(self, document: list[int]) -> Tensor:
         """[T, D]: the decoder's own hidden states of one row."""
         ids = torch.tensor([document], device=self._model.device)
-        return self._model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+        return self._decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
 
     def compared(self, outputs: Tensor, labels: Tensor) -> Tensor:
         return outputs.float()

@@ -13,6 +13,9 @@ import torch
 from transformers import LogitsProcessorList
 
 from ..data.tokens import Tokenization
+from ..errors import UserError
+from .decoder import hugging_face_model
+from .selfcheck import BATCHED
 
 
 def end_tokens(model: Any, tokens: Tokenization) -> list[int]:
@@ -46,6 +49,12 @@ def generate_ids(
         sampler: a logits processor that draws tokens, for example ``Draw``; default: greedy.
         options: of the model's ``generate``, for example max_new_tokens.
     """
+    if len(prompts) > 1 and not getattr(hugging_face_model(model), BATCHED, True):
+        if sampler is not None:
+            raise UserError(
+                f"model {hugging_face_model(model).name_or_path}: it samples one prompt at a time: --batch 1"
+            )
+        return [generate_ids(model, [prompt], ends, **options)[0] for prompt in prompts]
     longest = max(map(len, prompts))
     pads = [longest - len(p) for p in prompts]
     rows = [[ends[0]] * pad + p for pad, p in zip(pads, prompts, strict=True)]

@@ -27,7 +27,7 @@ _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "softcap")
 
 
 class ResponseLogProbs(TreeDecoder):
-    """TokenBatch -> [S] float32: the log-probability of each response in nats, summed over its tokens.
+    """TokenBatch -> [S] float32: the log-probability of each response, in nats.
 
     Args:
         model: a Hugging Face causal LM, or a PEFT or routed model of one. Its head is replaced by a
@@ -55,12 +55,14 @@ class ResponseLogProbs(TreeDecoder):
 
     def forward(self, batch: TokenBatch) -> Tensor:
         batch = self.arrange(batch)
-        values = self.values(batch)
+        values = self._token_values(batch)
         return values.new_zeros(batch.responses).index_add(0, batch.owner, values)
 
     def values(self, batch: TokenBatch) -> Tensor:
         """[N]: the log-probability of each response token, in nats."""
-        batch = self.arrange(batch)
+        return self._token_values(self.arrange(batch))
+
+    def _token_values(self, batch: TokenBatch) -> Tensor:
         hidden = self.hidden(batch).index_select(0, batch.predict_index)  # [N, D]
         return self._model.get_output_embeddings()(hidden, batch.labels)
 
@@ -73,11 +75,25 @@ class ResponseLogProbs(TreeDecoder):
         return outputs.float().log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
 
 
-class LogProbHead(nn.Linear):
-    """A causal LM's head that also gives log-probabilities: ``forward(hidden, labels)`` is [N] float32.
+def prove(model: Any) -> None:
+    """Choose how a Hugging Face causal LM is read, before its modules are wrapped.
 
-    The weight is read in this module's own forward only, so that ZeRO-3 gathers it there and need not
-    for the backward pass. Scale and soft cap apply with labels only; the model does them itself else.
+    Raises:
+        UserError: as ``ResponseLogProbs``.
+    """
+    head, own = model.get_output_embeddings(), model.config.get_text_config()._attn_implementation
+    ResponseLogProbs(model)
+    model.set_output_embeddings(head)
+    if model.config.get_text_config()._attn_implementation != own:
+        model.set_attn_implementation(own)
+
+
+class LogProbHead(nn.Linear):
+    """A causal LM's head; ``forward(hidden, labels)`` gives log-probabilities, [N] float32.
+
+    The weight is read in this module's own forward only, so that ZeRO-3 gathers it there and need
+    not for the backward pass. Scale and soft cap apply with labels only; the model does them itself
+    else.
 
     Args:
         head: the Linear whose parameters this one shares.
@@ -130,8 +146,8 @@ def _soft_cap(config: Any) -> float | None:
 class _FrozenHead(torch.autograd.Function):
     """log softmax(W h + b)[label], [N], and its gradient by h, made in the same pass, [N, D].
 
-    The gradient is W[label] - softmax @ W. The backward pass only multiplies it by the upstream [N], so
-    that no chunk of logits is kept or made again.
+    The gradient is W[label] - softmax @ W. The backward pass only multiplies it by the upstream
+    [N], so that no chunk of logits is kept or made again.
     """
 
     @staticmethod

@@ -45,6 +45,7 @@ class ResponseScores(TreeDecoder):
     """TokenBatch -> [S] float32: the score of each response, read at its last token."""
 
     def forward(self, batch: TokenBatch) -> Tensor:
+        batch = self.arrange(batch)
         length = batch.input_ids.shape[1]
         scored = [s for s in batch.segments if s.prompt.stop > s.prompt.start]
         ends = [s.row * length + s.own.stop - 1 for s in scored]

@@ -1,9 +1,9 @@
-"""A model proves itself before it is used: what is computed here equals the model's own plain forward.
+"""A model proves itself before it is used: its values here are its own plain forward's.
 
-The reference is the model's own forward over one row without padding, with its own attention and its
-own head. Compared are short documents in every layout, by the relative error
-|ours - reference| / |reference|, and generation of a batch that is padded on the left, from a cache.
-N response tokens of a batch, D hidden, V vocabulary.
+The reference is the model's own forward over one row without padding, with its own attention and
+its own head. Compared are short documents in every layout, by the relative error
+|ours - reference| / |reference|, and generation of a batch that is padded on the left, from a
+cache. N response tokens of a batch, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 Way = Literal["tree", "rows"]
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+BATCHED = "_midpo_batched"  # attribute of a served model: whether it generates in padded batches
 _LAYOUTS: tuple[Layout, ...] = ("tree", "packed", "padded")
 _LENGTHS = ((7, 9, 5), (3, 6, 8))  # tokens of each document's prompt and responses (ours)
 _NEW_TOKENS = 3  # of each generated row
@@ -94,7 +95,7 @@ def _find(model: Any, checked: Checked) -> tuple[Way | None, str]:
             return None, f"its own forward fails on a row of tokens ({_line(error)})"
         if not bool(reference.isfinite().all()):
             return None, "its own forward gives values that are not finite"
-        limit = TOLERANCE.get(model.dtype, TOLERANCE[torch.bfloat16])
+        limit = _tolerance(model)
         for way in ("tree", "rows"):
             try:
                 checked.use(way)
@@ -130,35 +131,35 @@ def relative_error(values: Tensor, reference: Tensor) -> float:
 
 
 @torch.no_grad()
-def check_generation(model: Any) -> bool:
+def check_generation(model: Any, name: str, routed: bool = False) -> bool:
     """Whether prompts of several lengths may be generated from in one batch; else one at a time.
+
+    Args:
+        model: has a Hugging Face model's ``generate`` and forward.
+        routed: its forward takes ``prompt_lengths``, and its gates depend on them.
 
     Raises:
         UserError: not even one prompt at a time gives what the model's own forward predicts.
     """
-    vocabulary = model.config.get_text_config().vocab_size
-    prompts = [
-        [*d.prefix, *d.suffixes[0]][:size]
-        for d, size in zip(documents(vocabulary), (9, 4), strict=True)
-    ]
-    limit = TOLERANCE.get(model.dtype, TOLERANCE[torch.bfloat16])
-    errors = []
+    cases = documents(model.config.get_text_config().vocab_size)
+    prompts = [cases[0].prefix, cases[1].prefix]
+    errors: list[float] = []
     with as_served(model):
         for batch in (prompts, prompts[:1]):
             try:
-                errors.append(_generation_error(model, batch))
+                errors.append(_generation_error(model, batch, routed))
             except Exception as error:  # whatever a model raises; one at a time may do
                 errors.append(float("inf"))
-                log.debug("model %s: %s", model.name_or_path, _line(error))
-            if errors[-1] <= limit:
+                log.debug("model %s: %s", name, _line(error))
+            if errors[-1] <= _tolerance(model):
                 return len(batch) > 1
     raise UserError(
-        f"model {model.name_or_path} ({type(model).__name__}): generation from its cache is off by "
-        f"{min(errors):.1e} of what its own forward predicts"
+        f"model {name}: not supported, what it generates from its cache is off by {min(errors):.1e} "
+        "of what its own forward predicts"
     )
 
 
-def _generation_error(model: Any, prompts: list[list[int]]) -> float:
+def _generation_error(model: Any, prompts: list[list[int]], routed: bool) -> float:
     """The relative error of the log-probabilities that generation gives its tokens."""
     longest = max(map(len, prompts))
     pads = [longest - len(p) for p in prompts]
@@ -172,16 +173,21 @@ def _generation_error(model: Any, prompts: list[list[int]]) -> float:
     )  # fmt: skip
     generated = torch.stack(out.logits, dim=1).double().log_softmax(-1)  # [rows, new tokens, V]
     expected = []
-    for row, pad in zip(out.sequences, pads, strict=True):
-        logits = model(input_ids=row[None, pad:-1], use_cache=False).logits[0, -_NEW_TOKENS:]
-        expected.append(logits.double().log_softmax(-1))
+    for row, pad, prompt in zip(out.sequences, pads, prompts, strict=True):
+        options = {"prompt_lengths": [len(prompt)]} if routed else {}
+        logits = model(input_ids=row[None, pad:-1], use_cache=False, **options).logits[0]
+        expected.append(logits[-_NEW_TOKENS:].double().log_softmax(-1))
     tokens = out.sequences[:, -_NEW_TOKENS:, None]
     return relative_error(generated.gather(-1, tokens), torch.stack(expected).gather(-1, tokens))
 
 
+def _tolerance(model: Any) -> float:
+    return TOLERANCE.get(model.dtype, TOLERANCE[torch.bfloat16])
+
+
 @contextmanager
 def as_served(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; parameters that ZeRO-3 has sharded are gathered around each module's forward."""
+    """Evaluation mode, with what ZeRO-3 has sharded gathered around each module's forward."""
     training = [module for module in model.modules() if module.training]
     handles = []
     for module in model.modules():

@@ -99,7 +99,10 @@ class RouterStep(ExpertStep):
     """
 
     def __init__(self, policy: Policy, model: RoutedCausalLM, *, beta: float, prior: float) -> None:
+        arrange = getattr(getattr(policy, "module", policy), "arrange", None)
+
         def anchored(tokens: TokenBatch) -> Tensor:
+            tokens = arrange(tokens) if arrange else tokens
             with model.anchored(tokens) as self.recorded:
                 return policy(tokens)
 
