@@ -8,6 +8,7 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VOCABULARY = 97
 # What a name of a whole number in a configuration means, by its last matching part, and its tiny value.
 SIZES = {
@@ -112,9 +113,11 @@ def depth(values: dict[str, Any]) -> int:
     return next((values[name] for name in LAYERS if isinstance(values.get(name), int)), -1)
 
 
-def build(family: str) -> Any:
-    """A random model of the family; raises whatever transformers raises where it cannot be built tiny."""
+def build(family: str, **settings: Any) -> Any:
+    """A random model of the family; raises what transformers raises where it cannot be built tiny."""
     config = tiny_config(family)
+    for name, value in settings.items():
+        setattr(config, name, value)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])

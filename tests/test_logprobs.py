@@ -192,7 +192,11 @@ def test_the_head_against_float64(softcap, bias, scale, monkeypatch) -> None:
     monkeypatch.setattr("midpo_ray.models.logprobs.CHUNK", 60)  # chunks of two rows
     torch.manual_seed(0)
     linear = nn.Linear(16, 30, bias=bias).requires_grad_(False)
-    head, labels, upstream = LogProbHead(linear, scale, softcap), torch.randint(30, (11,)), torch.randn(11)
+    head, labels, upstream = (
+        LogProbHead(linear, scale, softcap),
+        torch.randint(30, (11,)),
+        torch.randn(11),
+    )
     hidden = torch.randn(11, 16, requires_grad=True)
     values = head(hidden, labels)
     values.backward(upstream)

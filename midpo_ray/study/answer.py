@@ -64,6 +64,7 @@ def _routed(routed: Any, gates: AbstractContextManager[Any]) -> Served:
     scorer = ResponseLogProbs(routed.model)
 
     def logprobs(batch: TokenBatch) -> Tensor:
+        batch = scorer.arrange(batch)
         with routed.anchored(batch):
             return scorer(batch)
 
