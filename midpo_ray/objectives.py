@@ -167,3 +167,23 @@ def gate_prior(safety_gate: Tensor, helpfulness_gate: Tensor, mask: Tensor) -> T
     """
     mask = mask.to(safety_gate.dtype).expand_as(safety_gate)
     return ((safety_gate + 1.0 - helpfulness_gate) * mask).sum() / mask.sum().clamp_min(1.0)
+
+
+def risk_prior(safety_gate: Tensor, helpfulness_gate: Tensor, risk: Tensor, mask: Tensor) -> Tensor:
+    """Mean over real positions of known risk of BCE(g_s, r) + BCE(g_h, 1 - r), a scalar (ours).
+
+    It names the wanted expert prompt by prompt, where ``gate_prior`` is the same for every prompt.
+    BCE(g, y) is -y log g - (1 - y) log(1 - g).
+
+    Args:
+        safety_gate, helpfulness_gate: gates in (0, 1), of any shape whose trailing dimensions are
+            those of risk and mask, for example [L, R, T] or [L, G].
+        risk: of each position's prompt: 1 where a response to it is unsafe, 0 where all that are
+            known are safe, NaN where nothing is known; such positions have no term.
+        mask: the weight of each position: 0 at padding, 1 or a number of tokens elsewhere.
+    """
+    weight = (mask * ~risk.isnan()).to(safety_gate.dtype).expand_as(safety_gate)
+    target = risk.nan_to_num().to(safety_gate.dtype).expand_as(safety_gate)
+    terms = F.binary_cross_entropy(safety_gate, target, reduction="none")
+    terms = terms + F.binary_cross_entropy(helpfulness_gate, 1.0 - target, reduction="none")
+    return (terms * weight).sum() / weight.sum().clamp_min(1.0)

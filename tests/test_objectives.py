@@ -19,6 +19,7 @@ from midpo_ray.objectives import (
     modpo_margin,
     pointwise_mutual_information,
     preference_loss,
+    risk_prior,
 )
 
 B = 64
@@ -281,6 +282,39 @@ def test_gate_prior():
         gate_prior(padded, helpfulness, mask), gate_prior(safety, helpfulness, mask)
     )  # padding does not count
     assert gate_prior(safety, helpfulness, torch.zeros(R, T)) == 0.0
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (6,)])
+def test_risk_prior(shape):
+    """Against a scalar loop in float64; positions that are padding or of unknown risk do not count."""
+    generator = torch.Generator().manual_seed(1)
+    safety, helpfulness = (
+        torch.rand(3, *shape, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
+    mask = torch.randint(0, 4, shape, generator=generator)  # weights, as of decisions
+    risk = torch.tensor([0.0, 1.0, math.nan])[torch.randint(0, 3, shape, generator=generator)]
+    total = count = 0.0
+    for layer in range(3):
+        gates_s, gates_h = safety[layer].flatten(), helpfulness[layer].flatten()
+        positions = zip(gates_s, gates_h, risk.flatten(), mask.flatten(), strict=True)
+        for g_s, g_h, r, weight in [[float(v) for v in row] for row in positions]:
+            if math.isnan(r):
+                continue
+            wanted = [g_s, 1 - g_h] if r == 1 else [1 - g_s, g_h]
+            total -= weight * sum(math.log(p) for p in wanted)
+            count += weight
+    assert float(risk_prior(safety, helpfulness, risk, mask)) == pytest.approx(
+        total / count, rel=1e-12
+    )
+    assert torch.autograd.gradcheck(
+        lambda s, h: risk_prior(s, h, risk, mask),
+        (safety.requires_grad_(), helpfulness.requires_grad_()),
+    )
+    nothing = torch.full(shape, math.nan)
+    assert float(risk_prior(safety.detach(), helpfulness.detach(), nothing, mask)) == 0.0
+    half = torch.full_like(safety, 0.5, requires_grad=False)
+    known = torch.ones(shape)
+    assert float(risk_prior(half, half, known, known)) == pytest.approx(2 * math.log(2))
 
 
 SIGNS = tuple(
