@@ -93,7 +93,7 @@ def pipeline(a: argparse.Namespace) -> dict[str, Any]:
     )
     start = time.time()
     folder = Storage(f"{a.folder}/{a.contender}")
-    run(recipe(a), run_dir=folder.uri, until=stages[-1], say=lambda line: print(line, flush=True))
+    run(recipe(a), run_dir=folder.uri, until=stages[-1])
     wall = time.time() - start
     ray.shutdown()
     return {"wall": wall, "stages": {stage: spans(folder, stage) for stage in stages}}

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from midpo_ray import config
+from midpo_ray.pipeline.cached_map import CacheRow
 from midpo_ray.pipeline.prepare import Prepared, read_and_tokenise
-from midpo_ray.pipeline.score import Item, distinct_items, score
+from midpo_ray.pipeline.score import response_rows, score
 from midpo_ray.storage import Storage
 
 from .common import GIB, isolated, machine, peak_memory, save
@@ -29,8 +30,8 @@ from .common import GIB, isolated, machine, peak_memory, save
 Values = dict[str, tuple[float, float]]
 
 
-def prepared(a: argparse.Namespace) -> tuple[config.Config, Prepared, list[Item], list[Item]]:
-    """(configuration, the data, a quarter of the distinct responses, all of them); the quarter is of like lengths."""
+def prepared(a: argparse.Namespace) -> tuple[config.Config, Prepared, list[int]]:
+    """(configuration, the data, the numbers of a quarter of the pairs, of like lengths)."""
     run = config.Config.model_validate(
         {
             "name": "scoring",
@@ -41,18 +42,20 @@ def prepared(a: argparse.Namespace) -> tuple[config.Config, Prepared, list[Item]
             "scores": {"workers": max(1, a.workers)},
         }
     )
-    data = read_and_tokenise(run, lambda line: None)
-    items = distinct_items(data.pairs, data.documents)
-    keys = {i.key: len(i.prompt_ids) + len(i.response_ids) for i in items}
-    by_length = sorted(range(0, len(items) - 1, 2), key=lambda i: keys[items[i].key])
-    quarter = {j for i in by_length[1::4] for j in (i, i + 1)}
-    return run, data, [item for i, item in enumerate(items) if i in quarter], items
+    data = read_and_tokenise(run)
+    lengths = [len(d.prefix) + sum(map(len, d.suffixes)) for d in data.documents]
+    by_length = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    return run, data, sorted(by_length[1::4])
+
+
+def items_of(data: Prepared) -> list[CacheRow]:
+    return response_rows(data.pairs, data.documents)
 
 
 def ours(a: argparse.Namespace) -> dict[str, Any]:
     import ray
 
-    run, data, quarter, items = prepared(a)
+    run, data, quarter = prepared(a)
     ray.init(
         address="local",
         include_dashboard=False,
@@ -60,28 +63,29 @@ def ours(a: argparse.Namespace) -> dict[str, Any]:
         log_to_driver=False,
         logging_level="ERROR",
     )
-    seconds = []
-    for part in (quarter, items):
+    seconds, counts = [], []
+    for part in (quarter, range(len(data.pairs))):
+        pairs, documents = [data.pairs[i] for i in part], [data.documents[i] for i in part]
         with tempfile.TemporaryDirectory() as cache:
             start = time.perf_counter()
             scored = score(
                 run,
-                part,
-                data.pairs,
+                pairs,
+                documents,
                 data.fingerprints,
                 data.null_ids,
                 Storage(cache),
-                lambda line: None,
             )
             seconds.append(time.perf_counter() - start)
+            counts.append(len(scored.responses))
     ray.shutdown()
-    each = (seconds[1] - seconds[0]) / (len(items) - len(quarter))
-    values = {
-        key: (row["reference_logp"], row["unconditional_logp"]) for key, row in scored.rows.items()
-    }
+    each = (seconds[1] - seconds[0]) / (counts[1] - counts[0])
+    columns = ("reference_logp", "unconditional_logp")
+    both = zip(*(scored.responses[c].to_pylist() for c in columns), strict=True)
+    values = dict(zip(scored.responses["key"].to_pylist(), both, strict=True))
     return {
         "per_second": 1 / each,
-        "start": seconds[0] - len(quarter) * each,
+        "start": seconds[0] - counts[0] * each,
         "whole": seconds[1],
         "values": values,
     }
@@ -91,7 +95,8 @@ def plain(a: argparse.Namespace) -> dict[str, Any]:
     """Right-padded batches through the whole causal LM, log_softmax over all of [R, T, V], the labels gathered."""
     from transformers import AutoModelForCausalLM
 
-    _, data, _, items = prepared(a)
+    _, data, _ = prepared(a)
+    items = items_of(data)
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32).eval()
 
@@ -110,14 +115,17 @@ def plain(a: argparse.Namespace) -> dict[str, Any]:
 
     values: Values = {}
     with torch.inference_mode():
-        sums([(items[0].prompt_ids, items[0].response_ids)])
+        sums([(items[0]["prompt_ids"], items[0]["response_ids"])])
         start = time.perf_counter()
         for at in range(0, len(items), a.batch):
             part = items[at : at + a.batch]
-            given = sums([(i.prompt_ids, i.response_ids) for i in part])
-            alone = sums([(data.null_ids, i.response_ids) for i in part])
+            given = sums([(i["prompt_ids"], i["response_ids"]) for i in part])
+            alone = sums([(data.null_ids, i["response_ids"]) for i in part])
             values.update(
-                {i.key: pair for i, pair in zip(part, zip(given, alone, strict=True), strict=True)}
+                {
+                    i["key"]: pair
+                    for i, pair in zip(part, zip(given, alone, strict=True), strict=True)
+                }
             )
         whole = time.perf_counter() - start
     return {"per_second": len(items) / whole, "start": 0.0, "whole": whole, "values": values}

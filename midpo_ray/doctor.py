@@ -52,12 +52,12 @@ def _machine() -> list[str]:
 
 
 def _cluster(address: str | None) -> list[str]:
-    from .errors import UserError
+    from .errors import MachineError, UserError
     from .pipeline import cluster
 
     try:
         session = cluster.connect(address)
-    except UserError as error:
+    except (UserError, MachineError) as error:
         return [f"! {error}"]
     try:
         found = cluster.nodes()

@@ -22,19 +22,24 @@ from midpo_ray.pipeline.manifest import Manifest
 from midpo_ray.storage import Storage
 
 HOLD = """
-import sys, time
+import sys
 from midpo_ray.pipeline.lock import run_lock
 from midpo_ray.storage import Storage
 with run_lock(Storage(sys.argv[1])):
     print("held", flush=True)
-    time.sleep(float(sys.argv[2]))
+    sys.stdin.read()
 """
 
 
-def hold(folder: Path, seconds: float = 60.0) -> subprocess.Popen[str]:
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder), str(seconds)], stdout=subprocess.PIPE, text=True
-    )
+def start(folder: Path) -> subprocess.Popen[str]:
+    """A process that holds the folder's lock until its standard input ends, or fails."""
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+def hold(folder: Path) -> subprocess.Popen[str]:
+    holder = start(folder)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
     return holder
@@ -51,7 +56,7 @@ def content(folder: Path) -> dict[str, str]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock_module, "HEARTBEAT", 0.1)
-    monkeypatch.setattr(lock_module, "LEASE", 4.0)
+    monkeypatch.setattr(lock_module, "LEASE", 2.0)
     monkeypatch.setattr(lock_module, "_SETTLE", 0.2)
 
 
@@ -164,7 +169,7 @@ def test_another_hosts_lock_is_kept_while_its_heart_beats(tmp_path: Path, kind, 
         heart.join()
     started = time.monotonic()
     with run_lock(run):  # it beats no more
-        assert time.monotonic() - started >= 4.0
+        assert time.monotonic() - started >= 2.0
         check_lock(run)
 
 
@@ -184,14 +189,15 @@ def test_who_loses_the_lock_writes_no_manifest(tmp_path: Path, quick) -> None:
 
 
 def test_of_many_at_once_one_gets_it(tmp_path: Path) -> None:
-    """Eight processes and a dead holder's lock in the way."""
+    """Four processes and a dead holder's lock in the way."""
     holder = hold(tmp_path)
     holder.kill()
     holder.wait()
-    command = [sys.executable, "-c", HOLD, str(tmp_path), "5"]
-    pipe = subprocess.PIPE
-    all_ = [subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) for _ in range(4)]
-    ended = [process.communicate() for process in all_]
+    candidates = [start(tmp_path) for _ in range(4)]
+    deadline = time.monotonic() + 60
+    while sum(c.poll() is None for c in candidates) > 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    ended = [candidate.communicate() for candidate in candidates]
     assert sum(out == "held\n" for out, _ in ended) == 1
     assert sum("UserError" in error for _, error in ended) == 3
 

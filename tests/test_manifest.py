@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from midpo_ray import UserError, load_config
+from midpo_ray.pipeline import plan as plan_module
 from midpo_ray.pipeline.manifest import Manifest
 from midpo_ray.pipeline.plan import content_id, fingerprints, plan
 from midpo_ray.storage import Storage
@@ -136,3 +137,55 @@ def test_until_names_the_stages(recipe: Path, tmp_path: Path) -> None:
     assert [s.stage for s in plan(load_config(recipe), manifest, "score")] == ["score"]
     with pytest.raises(UserError, match="score, safety, helpfulness, dual, router"):
         plan(load_config(recipe), manifest, "rooter")
+
+
+def test_the_packages_version_repeats_nothing_and_a_stages_own_version_does(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Storage(tmp_path / "run")
+    manifest = Manifest(run)
+    finish(manifest, run, plan(load_config(recipe), manifest))
+    monkeypatch.setattr("midpo_ray.__version__", "9.9.9")
+    monkeypatch.setattr("midpo_ray.pipeline.manifest.__version__", "9.9.9")
+    assert set(reasons(recipe, run).values()) == {None}
+    for version, repeated in {
+        "router": {"router"},
+        "dual": {"dual", "router"},
+        "expert": {"safety", "helpfulness", "router"},
+        "score": {"score", "safety", "helpfulness", "dual", "router"},
+        "data": {"score", "safety", "helpfulness", "dual", "router"},
+    }.items():
+        with monkeypatch.context() as patch:
+            patch.setitem(plan_module.VERSIONS, version, 99)
+            assert {s for s, reason in reasons(recipe, run).items() if reason} == repeated
+
+
+def test_a_hub_name_is_identified_by_its_commit(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+
+    def identify(*arguments: str | None) -> str:
+        plan_module._hub_commit.cache_clear()
+        return content_id(*arguments)
+
+    commits = ["a" * 40, "b" * 40]
+    refs = tmp_path / "datasets--some--pairs/refs"
+    assert identify("some/pairs", None, "dataset") == "some/pairs@main"
+    refs.mkdir(parents=True)
+    for commit in commits:
+        (refs / "main").write_text(commit)
+        assert identify("some/pairs", None, "dataset") == f"some/pairs@{commit}"
+    assert identify("some/pairs", "v1", "dataset") == "some/pairs@v1"
+    (refs / "v1").write_text(commits[0])
+    assert identify("some/pairs", "v1", "dataset") == f"some/pairs@{commits[0]}"
+    assert identify("some/pairs", "c" * 40, "dataset") == f"some/pairs@{'c' * 40}"
+    assert identify("some/pairs") == "some/pairs@main"  # a model of that name
+    assert identify("runs/x/reward/cost") == "runs/x/reward/cost@main"
+    changed = []
+    for revision in ("v1", "v2"):
+        config = load_config(recipe, [f"scores.cost={{model: some/scorer, revision: {revision}}}"])
+        changed.append(fingerprints(config)["score"]["cost"])
+    assert changed[0] != changed[1]

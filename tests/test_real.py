@@ -43,12 +43,10 @@ def test_safety_expert_on_real_pairs(shared: Path, tmp_path: Path, objective: st
             }
         )
     )
-    lines: list[str] = []
     result = midpo_ray.run(
         midpo_ray.load_config(recipe),
         run_dir=str(tmp_path / "run"),
         until="safety",
-        say=lines.append,
     )
     assert result.ran == ["score", "safety"]
     rows = [

@@ -179,7 +179,7 @@ def test_only_what_is_missing_or_changed_runs(finished: Done) -> None:
     more = smallworld.rows(70)
     smallworld.write(finished.data, more)
     said = finished.again("--until", "score", "experts.safety.objective.margin_scale=0.25")
-    assert "120 of 140 responses are cached, 20 to score" in said
+    assert "120 of 140 cached, 20 to do" in said
 
 
 FAILING = {

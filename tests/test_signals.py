@@ -3,13 +3,14 @@
 import math
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from midpo_ray import UserError
 from midpo_ray.config import Config
 from midpo_ray.data.schema import Document, Pair, response_key
 from midpo_ray.pipeline.plan import fingerprints
-from midpo_ray.pipeline.score import Item, distinct_items, make_units, read_cache, write_shard
+from midpo_ray.pipeline.score import make_units, response_rows
 from midpo_ray.pipeline.signals import Scored, stage_table
 from midpo_ray.storage import Storage
 from midpo_ray.training.table import StageTable
@@ -29,14 +30,14 @@ def scored() -> Scored:
         Pair(ASK, ("bad", "mild"), (False, True), better=0, safer=1, margin=0.1, source="f:2"),
         Pair(ASK, ("good", "mild"), (True, True), better=0, safer=1, margin=0.2, source="f:3"),
     ]
-    rows = {
-        response_key(ASK, text): {
-            "prompt_ids": [1, 7], "response_ids": [5] * n,
+    rows = [
+        {
+            "key": response_key(ASK, text), "prompt_ids": [1, 7], "response_ids": [5] * n,
             "reference_logp": ref, "unconditional_logp": null, "reward": r, "cost": c,
         }
         for text, (n, ref, null, r, c) in SIGNALS.items()
-    }  # fmt: skip
-    return Scored(pairs, rows)
+    ]  # fmt: skip
+    return Scored(pairs, pa.Table.from_pylist(rows))
 
 
 def config(stage: str = "safety", rule: str = "labels", **objective: object) -> Config:
@@ -186,38 +187,32 @@ def test_saved_and_loaded_tables_are_the_same(tmp_path: Path) -> None:
     scored().save(folder)
     again = Scored.load(folder)
     assert again.pairs == scored().pairs
-    assert again.rows == scored().rows
+    assert again.responses.equals(scored().responses)
     table, _ = stage_table(config(name="spe_dpo"), "safety", again)
     rows = StageTable(table)
     assert len(rows) == 2
     assert rows.documents([1])[0].prefix == [1, 7]
 
 
-def test_each_distinct_response_is_scored_once_and_only_what_is_missing(tmp_path: Path) -> None:
+def test_each_distinct_response_is_one_row() -> None:
     pairs = scored().pairs
     documents = [
         Document([1, 7], [[5] * SIGNALS[r][0] for r in p.responses], p.keys) for p in pairs
     ]
-    items = distinct_items(pairs, documents)
-    assert [i.pair.responses[i.number] for i in items] == ["good", "bad", "mild"]
-    need = {"logp": {i.key for i in items}, "reward": {items[0].key}}
-    units = make_units(items, need, budget=1000)
-    assert [r["need"] for r in units[0][0]["responses"]] == [["logp", "reward"], ["logp"], ["logp"]]
-    assert make_units(items, {"logp": set()}, 1000) == []
-    folder = Storage(tmp_path)
-    write_shard(folder, "logp", ["a", "b"], [(-1.0, -2.0), (-3.0, -4.0)])
-    write_shard(folder, "logp", ["c"], [(-5.0, -6.0)])
-    assert read_cache(folder, "logp") == {"a": (-1.0, -2.0), "b": (-3.0, -4.0), "c": (-5.0, -6.0)}
+    rows = response_rows(pairs, documents)
+    assert [row["response"] for row in rows] == ["good", "bad", "mild"]
+    assert [len(row["response_ids"]) for row in rows] == [4, 2, 3]
+    assert [row["source"] for row in rows] == ["f:1", "f:1", "f:2"]
+    assert [row["key"] for row in rows] == [response_key(ASK, text) for text in SIGNALS]
 
 
-def test_units_hold_to_the_budget() -> None:
-    items = [
-        Item(f"k{i}", Pair(((("user", f"p{i}"),)), (f"a{i}", "b")), 0, [1] * 3, [2] * (i + 1))
-        for i in range(10)
-    ]
-    units = make_units(items, {"logp": {i.key for i in items}}, budget=20)
-    sizes = [
-        sum(len(g["ids"]) + sum(len(r["ids"]) for r in g["responses"]) for g in u) for u in units
-    ]
-    assert max(sizes) <= 20
-    assert sum(len(u) for u in units) == 10
+def test_units_hold_to_the_budget_and_keep_a_prompts_rows_together() -> None:
+    pairs = [Pair((("user", f"p{i}"),), (f"a{i}", f"b{i}")) for i in range(10)]
+    documents = [Document([1] * 3, [[2] * (i + 1), [3]], pairs[i].keys) for i in range(10)]
+    units = make_units(response_rows(pairs, documents), budget=20)
+    prompts = [[row["prompt"][0][1] for row in unit] for unit in units]
+    tokens = [sum(len(row["response_ids"]) for row in unit) + 3 * len(unit) // 2 for unit in units]
+    assert max(tokens) <= 20
+    assert sorted(p for unit in prompts for p in unit) == sorted(2 * [f"p{i}" for i in range(10)])
+    assert all(unit[::2] == unit[1::2] for unit in prompts)
+    assert make_units([], 20) == []

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import smallworld
@@ -140,7 +141,7 @@ def test_grid_leaves_out_what_does_not_matter(tmp_path) -> None:
 
 
 def small_scored() -> Scored:
-    pairs, scored = [], {}
+    pairs, scored = [], []
     for n, row in enumerate(smallworld.rows(30)):
         answers = (row["response_0"], row["response_1"])
         safe = (row["is_response_0_safe"], row["is_response_1_safe"])
@@ -158,11 +159,11 @@ def small_scored() -> Scored:
             )
         )
         for i, answer in enumerate(answers):
-            scored[response_key(prompt, answer)] = {
-                "prompt_ids": [1, 2], "response_ids": [3] * (2 + n % 3 + i), "reference_logp": -3.0 - n / 7 - i,
+            scored.append({
+                "key": response_key(prompt, answer), "prompt_ids": [1, 2], "response_ids": [3] * (2 + n % 3 + i), "reference_logp": -3.0 - n / 7 - i,
                 "unconditional_logp": -4.0 - n / 5, "reward": row[f"reward_{i}"], "cost": row[f"cost_{i}"],
-            }  # fmt: skip
-    return Scored(pairs, scored)
+            })  # fmt: skip
+    return Scored(pairs, pa.Table.from_pylist(scored))
 
 
 def test_without_margin_and_at_infinite_temperature_a_trial_is_dpo() -> None:

@@ -18,7 +18,7 @@ import smallworld
 from midpo_ray import storage as storage_module
 from midpo_ray.config import Group
 from midpo_ray.errors import UserError
-from midpo_ray.pipeline.cluster import Node, Patience
+from midpo_ray.pipeline.cluster import Node, Shortages
 from midpo_ray.pipeline.watch import STOP, Faults, Watch
 from midpo_ray.storage import Storage
 
@@ -78,22 +78,22 @@ def test_a_later_attempt_ends_an_earlier_one(tmp_path, monkeypatch):
         assert ended.wait(10)
 
 
-def test_a_lost_node_is_waited_for_and_then_named():
-    now, said = [0.0], []
-    patience = Patience(90.0, said.append, clock=lambda: now[0])
+def test_a_lost_node_is_waited_for_and_then_named(caplog):
+    now = [0.0]
+    shortages = Shortages(90.0, clock=lambda: now[0])
     group = Group(workers=2, cpus_per_worker=1, label_selector={"midpo-group": "safety"})
     here = Node({"CPU": 2}, {"midpo-group": "safety"})
-    assert patience.over("safety", group, [here]) is None
+    assert shortages.error("safety", group, [here]) is None
     now[0] = 10.0
-    assert patience.over("safety", group, []) is None
-    assert len(said) == 1
+    assert shortages.error("safety", group, []) is None
+    assert len(caplog.records) == 1
     now[0] = 80.0
-    assert patience.over("safety", group, [here]) is None  # it came back: the wait begins anew
-    assert patience.over("safety", group, []) is None
+    assert shortages.error("safety", group, [here]) is None  # it came back: the wait begins anew
+    assert shortages.error("safety", group, []) is None
     now[0] = 169.0
-    assert patience.over("safety", group, []) is None
+    assert shortages.error("safety", group, []) is None
     now[0] = 170.0
-    told = str(patience.over("safety", group, []))
+    told = str(shortages.error("safety", group, []))
     assert (
         "group of stage safety: 2 worker(s) of 1 CPU on nodes labelled {'midpo-group': 'safety'} are needed"
         in told

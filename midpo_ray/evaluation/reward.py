@@ -24,11 +24,11 @@ from ..metrics import describe_score_metrics, score_metrics
 from ..pipeline import cluster
 from ..pipeline.lock import run_lock
 from ..pipeline.manifest import Manifest
-from ..pipeline.plan import FOLDERS, Step, inputs, scorer_id
-from ..pipeline.prepare import resolve
+from ..pipeline.plan import FOLDERS, VERSIONS, Step, inputs, scorer_id
+from ..pipeline.prepare import check_length, resolve
 from ..pipeline.run import cache_folder, run_directory
 from ..pipeline.signals import write_table
-from ..pipeline.train import held_together, train
+from ..pipeline.train import train, wait_for_groups
 from ..storage import Storage
 
 Say = Callable[[str], None]
@@ -82,16 +82,15 @@ def train_score_models(
         say(f"nothing to do: {', '.join(kinds)} are done in {run.uri}")
     else:
         cache = cache_folder(config, run)
-        scoring = resolve(scoring, cache, say)
+        scoring = resolve(scoring, cache)
         rows = read_rows(scoring, [s.stage for s in stale], say)
         todo = [s for s in stale if s.reason]
         with run_lock(run):
             session = cluster.connect(address)
             try:
-                names = [s.stage for s in todo]
-                together = held_together(scoring, names, "score models", say)
+                wait_for_groups(scoring, [s.stage for s in todo])
                 manifest.claim(config)  # nothing is written before this
-                _train(scoring, run, manifest, todo, together, rows, say)
+                _train(scoring, run, manifest, todo, rows, say)
                 for step in stale:
                     report[step.stage] = {
                         "digest": step.digest,
@@ -119,6 +118,7 @@ def fingerprint(config: Config, kind: str) -> dict[str, str]:
     return {
         **inputs(config),
         "kind": kind,
+        "version": str(VERSIONS["score model"]),
         "reward_model": digest(section),
         "deepspeed": digest(config.deepspeed),
         "seed of training": str(config.seed_of_training),
@@ -132,6 +132,7 @@ def read_rows(config: Config, kinds: Sequence[str], say: Say) -> dict[str, list[
     from ..models.score_model import score_documents, scoring_tokenizer
 
     tokenizer = scoring_tokenizer(config)
+    check_length(config.model, config.data.max_length)
     if config.reward_model.train == "lora":
         check_targets(config.model, config.reward_model.lora, config.reward_model.layers)
     pairs, report = read_pairs(config.data.sets, seed=config.seed)
@@ -178,7 +179,6 @@ def _train(
     run: Storage,
     manifest: Manifest,
     todo: list[Step],
-    together: bool,
     rows: dict[str, list[Row]],
     say: Say,
 ) -> None:
@@ -192,9 +192,10 @@ def _train(
         manifest.commit(
             kind, next(s.parts for s in todo if s.stage == kind), FOLDERS[kind], seconds
         )
+        (run / f"{FOLDERS[kind]}.work").delete()
         say(f"{kind}: done in {seconds:.1f} s")
 
-    train(config, run, todo, together, commit, say)
+    train(config, run, todo, commit)
 
 
 def _table(rows: Sequence[Row]) -> pa.Table:
@@ -216,7 +217,7 @@ def _measure(
     config: Config, run: Storage, cache: Storage, kind: str, rows: Sequence[Row], say: Say
 ) -> dict[str, Any]:
     """The figures of the saved model, read and used as any other scorer."""
-    from ..pipeline.score import distinct_items, score
+    from ..pipeline.score import score
 
     folder = (run / FOLDERS[kind]).local
     scorer = Scorer(model=str(folder), max_length=config.data.max_length)
@@ -231,16 +232,15 @@ def _measure(
         )
         for r in held_out
     ]
-    items, fingerprints = distinct_items(pairs, documents), {kind: scorer_id(scorer)}
-    scored = score(
-        config.model_copy(update={"scores": scores}), items, pairs, fingerprints, [], cache, say
-    )
+    fingerprints = {kind: digest(VERSIONS["score"], scorer_id(scorer))}
+    config = config.model_copy(update={"scores": scores})
+    scored = score(config, pairs, documents, fingerprints, [], cache)
     table = pa.table(
         {
             "id": [row.pair.source for row in held_out],
             "prompt": [prompt_key(row.pair.prompt) for row in held_out],
-            "chosen": [scored.of(row.pair, row.chosen)[kind] for row in held_out],
-            "rejected": [scored.of(row.pair, 1 - row.chosen)[kind] for row in held_out],
+            "chosen": scored.rows(pairs, [row.chosen for row in held_out])[kind],
+            "rejected": scored.rows(pairs, [1 - row.chosen for row in held_out])[kind],
             "sign_chosen": [row.signs[0] for row in held_out],
             "sign_rejected": [row.signs[1] for row in held_out],
         }

@@ -1,4 +1,4 @@
-"""The Ray cluster: connecting to one, and whether it can hold a stage's workers."""
+"""The Ray cluster: connecting to one, and whether its nodes can hold a stage's workers."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from ..errors import MachineError, UserError
 
 log = logging.getLogger(__name__)
 
-# Read by Ray Train when the driver imports it: failures are seen within a fifth of a second instead of two seconds, an elastic
-# group tries with fewer workers after 10 s instead of 60, and notices to nodes are this package's own business (watch.py).
+# Ray Train reads these when it is imported: the health of workers is polled every 0.2 s (default 2),
+# an elastic group starts with fewer workers after 10 s (default 60), and Train's own preemption
+# watcher is off because watch.py handles nodes that are drained.
 TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
-RETURN = 60.0  # seconds that a node which died may take to come back, also where resources_timeout is less (ours)
+RETURN = 60.0  # seconds that a lost node may take to return, also where resources_timeout is less
 WORKER_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false"}
 QUIET_ENVIRONMENT = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}  # Ray's own talk stays in its logs
+}  # Ray's own messages stay in its logs
 
 
 _LONGEST_TEMPORARY = 38  # characters: Ray adds 69 for its sockets, a path has at most 107
@@ -37,7 +38,7 @@ _LONGEST_TEMPORARY = 38  # characters: Ray adds 69 for its sockets, a path has a
 
 @dataclass
 class Node:
-    """What one node offers, or has left while bundles are being placed."""
+    """The resources of one node, or what is left of them while workers are being placed."""
 
     resources: dict[str, float]
     labels: dict[str, str] = field(default_factory=dict)
@@ -67,9 +68,9 @@ def scaling(group: Group, workers: int | tuple[int, int]) -> Any:
 
 
 def hold(groups: Sequence[Group], nodes: Sequence[Node]) -> Group | None:
-    """The first group that the nodes cannot hold, all groups at the same time; None where they hold them all.
+    """The first group that the nodes cannot hold beside the others; None where they hold all.
 
-    Groups with the tighter demands are placed first, each worker on the fullest node that takes it.
+    Groups with tighter demands are placed first, each worker on the fullest node that holds it.
     """
     free = [Node(dict(n.resources), n.labels) for n in nodes]
     for group in sorted(
@@ -114,15 +115,15 @@ def nodes() -> list[Node]:
     """The live nodes of the connected cluster."""
     import ray
 
-    shown = ("ray.io/",)  # Ray's own labels say nothing to a user
-    return [
-        Node(
-            dict(n["Resources"]),
-            {k: v for k, v in n.get("Labels", {}).items() if not k.startswith(shown)},
-        )
-        for n in ray.nodes()
-        if n["Alive"]
-    ]
+    found = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            labels = node.get("Labels", {}).items()
+            own = {
+                k: v for k, v in labels if not k.startswith("ray.io/")
+            }  # not those that Ray adds
+            found.append(Node(dict(node["Resources"]), own))
+    return found
 
 
 def connect(address: str | None) -> Any:
@@ -249,33 +250,35 @@ def disconnect() -> None:
     ray.shutdown()
 
 
-def wait_for(
-    stages: Sequence[tuple[str, Group]], timeout: float, say: Callable[[str], None]
-) -> None:
-    """Return when the cluster can hold each stage's group by itself; after ``timeout`` seconds an error names what is missing."""
+def wait_for(stages: Sequence[tuple[str, Group]], timeout: float) -> None:
+    """Return when the cluster's nodes can hold each stage's group by itself.
+
+    Raises:
+        UserError: they cannot after ``timeout`` seconds; the message names what is missing.
+    """
     deadline = time.monotonic() + timeout
-    told = False
+    is_asked = False
     try:
         while True:
-            there = nodes()
-            lacking = next((s for s in stages if hold([s[1]], there) is not None), None)
+            available = nodes()
+            lacking = next((s for s in stages if hold([s[1]], available) is not None), None)
             if lacking is None:
                 return
-            line = missing(*lacking, there)
+            line = missing(*lacking, available)
             if time.monotonic() >= deadline:
                 raise UserError(line + (f" (waited {timeout:g} s)" if timeout else ""))
-            if not told:
-                say(f"waiting up to {timeout:g} s: {line}")
-                told = True
+            if not is_asked:
+                log.info("waiting up to %g s: %s", timeout, line)
+                is_asked = True
                 _ask_for([group for _, group in stages])
             time.sleep(min(2.0, max(0.0, deadline - time.monotonic())))
     finally:
-        if told:
-            _ask_for([])  # or the autoscaler would keep what nobody waits for
+        if is_asked:
+            _ask_for([])  # or the autoscaler would keep nodes that nobody waits for
 
 
 def _ask_for(groups: Sequence[Group]) -> None:
-    """Let an autoscaler start nodes for these groups, all at once; none: what was asked for before is no longer needed."""
+    """Ask an autoscaler for nodes that hold these groups, instead of those of the last call."""
     from ray.autoscaler.sdk import request_resources
 
     bundles = [bundle(g) for g in groups for _ in range(g.min_workers)]
@@ -283,35 +286,28 @@ def _ask_for(groups: Sequence[Group]) -> None:
     request_resources(bundles=bundles, bundle_label_selectors=labels)
 
 
-class Patience:
-    """How long a stage that runs may lack its group's nodes: Train itself would wait for ever.
+class Shortages:
+    """How long running stages have lacked nodes for their groups; Ray itself would wait for ever.
 
     Args:
-        timeout: ``cluster.resources_timeout``.
-        clock: seconds that never go back.
+        timeout: ``cluster.resources_timeout``; a node gets at least ``RETURN`` seconds to return.
+        clock: monotonic seconds.
     """
 
-    def __init__(
-        self,
-        timeout: float,
-        say: Callable[[str], None],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.limit, self.say, self.clock = max(timeout, RETURN), say, clock
+    def __init__(self, timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limit, self.clock = max(timeout, RETURN), clock
         self.since: dict[str, float] = {}
 
-    def over(self, stage: str, group: Group, there: Sequence[Node]) -> UserError | None:
-        """The error that ends the wait, or None; to be asked now and then, with the nodes that live."""
-        if hold([group], there) is None:
+    def error(self, stage: str, group: Group, available: Sequence[Node]) -> UserError | None:
+        """The error that ends the wait of a stage, or None; to be called regularly."""
+        if hold([group], available) is None:
             self.since.pop(stage, None)
             return None
-        line = missing(stage, group, there)
+        line = missing(stage, group, available)
         if stage not in self.since:
             self.since[stage] = self.clock()
-            self.say(f"a node is gone, waiting up to {self.limit:g} s: {line}")
+            log.warning("a node is gone, waiting up to %g s: %s", self.limit, line)
         waited = self.clock() - self.since[stage]
-        return (
-            UserError(f"{line} (waited {waited:.0f} s); the same command goes on when they are")
-            if waited >= self.limit
-            else None
-        )
+        if waited < self.limit:
+            return None
+        return UserError(f"{line} (waited {waited:.0f} s); the same command resumes the run")

@@ -1,15 +1,18 @@
-"""The run on the terminal: both experts side by side while they train; plain lines where there is no terminal."""
+"""Progress of the training stages: a table on a terminal, log messages elsewhere."""
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 from ..storage import Storage
+
+log = logging.getLogger(__name__)
 
 SHOWN = (
     "loss",
@@ -20,16 +23,16 @@ SHOWN = (
     "safety_gate",
     "helpfulness_gate",
 )
-EVERY = 15.0  # seconds between plain lines
-REDRAW = 2.0  # seconds between looks at the metrics' files on a terminal
+EVERY = 15.0  # seconds between log messages
+REDRAW = 2.0  # seconds between two readings of the metrics files for a terminal
 
 
 class Live:
     """Follows ``metrics/<stage>.jsonl`` of the stages; ``update`` is called often and does little."""
 
-    def __init__(self, run: Storage, stages: Sequence[str], say: Callable[[str], None]) -> None:
-        self.metrics, self.stages, self.say = run / "metrics", list(stages), say
-        self.told: dict[str, int] = {}
+    def __init__(self, run: Storage, stages: Sequence[str]) -> None:
+        self.metrics, self.stages = run / "metrics", list(stages)
+        self.logged: dict[str, int] = {}  # stage -> step
         self.next = time.monotonic() + EVERY
         self.screen: Any = None
 
@@ -64,7 +67,7 @@ class Live:
             self._lines()
 
     def newest(self, stage: str) -> dict[str, Any]:
-        """The stage's newest training line; empty before the first. A line that is being written is passed over."""
+        """The stage's newest complete training line; empty before the first."""
         name = f"{stage}.jsonl"
         if not self.metrics.exists(name):
             return {}
@@ -80,12 +83,12 @@ class Live:
     def _lines(self) -> None:
         for stage in self.stages:
             row = self.newest(stage)
-            if row and row["step"] != self.told.get(stage):
-                self.told[stage] = row["step"]
+            if row and row["step"] != self.logged.get(stage):
+                self.logged[stage] = row["step"]
                 shown = ", ".join(
                     f"{k} {row[k]:.3f}" for k in SHOWN if isinstance(row.get(k), float)
                 )
-                self.say(f"{stage}: step {row['step']}, {shown}")
+                log.info("%s: step %d, %s", stage, row["step"], shown)
 
     def _table(self) -> Any:
         from rich.table import Table

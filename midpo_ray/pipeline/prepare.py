@@ -1,19 +1,23 @@
-"""Before Ray starts: built-in worlds become files, the model is looked at, the data read and tokenised; faults show here."""
+"""What happens before Ray starts: built-in data is written, models are checked, pairs are read.
+
+All that can fail because of a user's input is tried here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import Config, digest
+from ..config import Config, Model, digest
+from ..data.read import read_pairs
 from ..data.schema import Document, Pair
 from ..errors import UserError
 from ..storage import Storage
-from .plan import BUILTIN, scorer_id
+from .plan import BUILTIN, VERSIONS, scorer_id
 from .score import LOGP
 
-Say = Callable[[str], None]
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -27,16 +31,16 @@ class Prepared:
     summary: dict[str, Any]
 
 
-def resolve(config: Config, cache: Storage, say: Say) -> Config:
-    """The configuration with built-in names replaced by the paths of the files that they stand for, made where missing."""
+def resolve(config: Config, cache: Storage) -> Config:
+    """The configuration with built-in names replaced by files, which are made where missing."""
     named = [config.model.path, *(s.path for s in config.data.sets)]
-    builtins = {p for p in named if p.startswith(BUILTIN)}
+    builtins = {path for path in named if path.startswith(BUILTIN)}
     if not builtins:
         return config
     unknown = builtins - {f"{BUILTIN}miniature"}
     if unknown:
         raise UserError(f"{unknown.pop()}: no such built-in; there is {BUILTIN}miniature")
-    built = build_miniature(config, cache, say)
+    built = build_miniature(config, cache)
     sets = [
         s.model_copy(update={"path": str(built.pairs), "rows": None})
         if s.path.startswith(BUILTIN)
@@ -46,14 +50,13 @@ def resolve(config: Config, cache: Storage, say: Say) -> Config:
     model = config.model
     if model.path.startswith(BUILTIN):
         model = model.model_copy(update={"path": str(built.base)})
-    return config.model_copy(
-        update={"model": model, "data": config.data.model_copy(update={"sets": tuple(sets)})}
-    )
+    data = config.data.model_copy(update={"sets": tuple(sets)})
+    return config.model_copy(update={"model": model, "data": data})
 
 
-def build_miniature(config: Config, cache: Storage, say: Say) -> Any:
+def build_miniature(config: Config, cache: Storage) -> Any:
     """The miniature's files in the cache, which must be a local or shared path."""
-    from ..miniature.base import build_files
+    from ..miniature.base import build_files  # torch is slow to import
 
     if cache.local is None:
         raise UserError(
@@ -63,41 +66,64 @@ def build_miniature(config: Config, cache: Storage, say: Say) -> Any:
 
     def progress(step: int, steps: int, loss: float) -> None:
         if step in (1, steps) or step % 100 == 0:
-            say(
-                f"miniature: training its base model, step {step} of {steps}, loss {loss:.3f} nats a token"
-            )
+            log.info(
+                "miniature: its base model at step %d of %d, loss %.3f nats per token",
+                step, steps, loss,
+            )  # fmt: skip
 
     return build_files(cache.local / "miniature", seed=config.seed, rows=rows, progress=progress)
 
 
-def check_model(config: Config, scorers: bool = True) -> None:
-    """The model's folder, its tokenizer and the LoRA's target modules, and the score models', without loading a weight."""
-    from ..models.base import check_targets, load_tokenizer
+def check_models(config: Config, scorers: bool = True) -> None:
+    """Check the model, its tokenizer, the LoRA's targets and the score models; load no weight."""
+    from ..models.base import check_targets, load_tokenizer  # transformers is slow to import
     from ..models.scorers import describe_scorer
 
     load_tokenizer(config.model)
     check_targets(config.model, config.lora)
+    check_length(config.model, config.data.max_length)
     for scorer in (config.scores.reward, config.scores.cost) if scorers else ():
         if scorer and scorer.model:
             describe_scorer(scorer)
 
 
-def read_and_tokenise(config: Config, say: Say) -> Prepared:
-    """All pairs, read, checked and tokenised, once."""
-    from ..data.read import read_pairs
-    from ..data.tokens import TEMPLATE_DATE, Tokenization
+def check_length(model: Model, max_length: int, key: str = "data.max_length") -> None:
+    """Raise UserError where documents may be longer than the model has positions."""
+    from transformers import AutoConfig  # slow to import
+
+    settings = AutoConfig.from_pretrained(
+        model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
+    positions = getattr(settings.get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < max_length:
+        raise UserError(
+            f"{key} is {max_length}, but the model {model.path} has {positions} positions"
+        )
+
+
+def read_and_tokenise(config: Config) -> Prepared:
+    """All pairs: read, checked and tokenised once.
+
+    Raises:
+        UserError: a row is not as it must be, or no row is left.
+    """
+    from ..data.tokens import TEMPLATE_DATE, Tokenization  # transformers is slow to import
     from ..models.base import load_tokenizer, model_fingerprint
 
     pairs, report = read_pairs(config.data.sets, seed=config.seed)
     tokenization = Tokenization(load_tokenizer(config.model), config.data)
-    documents = tokenization.documents(pairs)
-    kept = [(p, d) for p, d in zip(pairs, documents, strict=True) if d is not None]
+    kept = [
+        (pair, document)
+        for pair, document in zip(pairs, tokenization.documents(pairs), strict=True)
+        if document is not None
+    ]
     if not kept:
         raise UserError(
-            f"{config.data.sets[0].path}: no row is left after tokenising ({dict(tokenization.counts)})"
+            f"{config.data.sets[0].path}: no row is left after tokenising "
+            f"({dict(tokenization.counts)})"
         )
     for line in report.lines():
-        say(f"data: {line}")
+        log.info("data: %s", line)
     left_out = {**report.dropped, **tokenization.counts}
     summary = {
         "rows": report.rows,
@@ -106,15 +132,21 @@ def read_and_tokenise(config: Config, say: Say) -> Prepared:
         "conflicts": report.conflicts,
         "pairs": len(kept),
     }
-    say(f"data: {len(kept)} pairs" + "".join(f", {v} {k}" for k, v in left_out.items() if v))
+    counted = "".join(f", {count} {reason}" for reason, count in left_out.items() if count)
+    log.info("data: %d pairs%s", len(kept), counted)
     if tokenization.dated:
-        say(f"data: the chat template prints a date, which is fixed to {TEMPLATE_DATE}")
+        log.info("data: the chat template prints a date, which is fixed to %s", TEMPLATE_DATE)
     base = model_fingerprint(config.model.path, config.model.revision)
-    fingerprints = {LOGP: digest(base, config.model.dtype, tokenization.fingerprint)}
+    tokens = tokenization.fingerprint
+    fingerprints = {LOGP: digest(VERSIONS["score"], base, config.model.dtype, tokens)}
     for signal in ("reward", "cost"):
         scorer = getattr(config.scores, signal)
         if scorer and not scorer.column:
-            fingerprints[signal] = scorer_id(scorer)
+            fingerprints[signal] = digest(VERSIONS["score"], scorer_id(scorer))
     return Prepared(
-        [p for p, _ in kept], [d for _, d in kept], tokenization.null_ids, fingerprints, summary
+        [pair for pair, _ in kept],
+        [document for _, document in kept],
+        tokenization.null_ids,
+        fingerprints,
+        summary,
     )

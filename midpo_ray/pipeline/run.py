@@ -1,27 +1,37 @@
-"""The main job: score, both experts at once, dual data, router; a stage runs only where something is missing or changed."""
+"""A run: score, both experts, dual data, router; a stage runs where it is missing or has changed."""
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import EXPERTS, Config
+from ..data.selection import require, select
 from ..storage import Storage
 from . import cluster
 from .lock import run_lock
 from .manifest import Manifest
 from .plan import FOLDERS, Step, plan
-from .train import held_together, train
+from .prepare import build_miniature, check_models, read_and_tokenise, resolve
+from .score import score
+from .signals import Scored, stage_table, view_of, write_table
+from .stages import evaluate_miniature
+from .train import train, wait_for_groups
 
-Say = Callable[[str], None]
+log = logging.getLogger(__name__)
+
+# A router that is trained on less is reported loudly: its gates hardly move from where they start.
+_FEW_PAIRS = 200
+_FEW_STEPS = 50
 
 
 @dataclass
 class RunResult:
-    """What a run left: its directory, the stages that ran and those that were done before, and the evaluation's table."""
+    """What a run left: its directory, the stages that ran or were done before, a final table."""
 
     run_dir: str
     ran: list[str] = field(default_factory=list)
@@ -34,7 +44,7 @@ def run_directory(config: Config, run_dir: str | None) -> Storage:
 
 
 def cache_folder(config: Config, run: Storage) -> Storage:
-    """Where scores (and built-in models) are kept for all runs: beside the run directory, unless the recipe says where."""
+    """Scores (and built-in models) of all runs: beside the run directory, or the recipe's cache."""
     return Storage(config.cache) if config.cache else run.beside("cache")
 
 
@@ -44,34 +54,27 @@ def run(
     *,
     run_dir: str | None = None,
     until: str | None = None,
-    say: Say = print,
 ) -> RunResult:
-    """Run what is missing of the job and return where it is.
+    """Run what is missing of the job. Progress is logged.
 
     Args:
         config: from ``load_config``.
         address: "local" or None for a Ray cluster of our own, "auto" or a host for one that runs.
-        run_dir: a path or pyarrow filesystem URI that all nodes reach; default runs/<name>.
+        run_dir: a path or URI that all nodes reach; default runs/<name>.
         until: the last stage to run.
-        say: takes lines for people.
 
     Raises:
-        UserError: bad input, told in one line; stages that finished stay finished.
+        UserError: bad input, or another command works in the run directory. A command that fails
+            before it starts changes nothing there; finished stages stay finished.
+        MachineError: Ray does not start.
     """
     storage = run_directory(config, run_dir)
-
-    def planned() -> tuple[Manifest, list[Step]]:
-        manifest = Manifest(storage)
-        manifest.refuse_other(config)
-        return manifest, plan(config, manifest, until)
-
-    _, steps = planned()
-    if not any(s.reason for s in steps):
-        say(f"nothing to do: {', '.join(s.stage for s in steps)} are done in {storage.uri}")
-    else:
+    steps = _plan(config, Manifest(storage), until)
+    if any(step.reason for step in steps):
         with run_lock(storage):
-            manifest, steps = planned()  # another command may have changed the directory meanwhile
-            job = _Job(config, storage, manifest, {s.stage: s for s in steps if s.reason}, say)
+            manifest = Manifest(storage)  # another command may just have changed it
+            steps = _plan(config, manifest, until)
+            job = _Job(config, storage, manifest, steps)
             job.prepare()
             session = cluster.connect(address)
             try:
@@ -81,121 +84,133 @@ def run(
             finally:
                 if session is not None:
                     cluster.disconnect()
-    done, ran = ([s.stage for s in steps if bool(s.reason) is wanted] for wanted in (False, True))
-    result = RunResult(storage.uri, ran=ran, done_before=done)
-    if any(s.stage == "evaluation" for s in steps) and storage.exists("evaluation/table.json"):
-        result.table = json.loads(storage.read("evaluation/table.json"))
+    else:
+        stages = ", ".join(step.stage for step in steps)
+        log.info("nothing to do: %s are done in %s", stages, storage.uri)
+    result = RunResult(storage.uri)
+    for step in steps:
+        (result.ran if step.reason else result.done_before).append(step.stage)
+        if step.stage == "evaluation":
+            result.table = json.loads(storage.read("evaluation/table.json"))
     return result
 
 
-class _Job:
-    """One run's work in order. Each stage's own code is elsewhere; here is when it runs and how it is recorded."""
+def _plan(config: Config, manifest: Manifest, until: str | None) -> list[Step]:
+    manifest.refuse_other(config)
+    return plan(config, manifest, until)
 
-    def __init__(
-        self, config: Config, run: Storage, manifest: Manifest, todo: dict[str, Step], say: Say
-    ) -> None:
-        self.config, self.run, self.manifest, self.todo, self.say = config, run, manifest, todo, say
+
+class _Job:
+    """The work of one run in its order; each stage's own code is elsewhere."""
+
+    def __init__(self, config: Config, run: Storage, manifest: Manifest, steps: list[Step]) -> None:
+        self.config, self.run, self.manifest, self.steps = config, run, manifest, steps
         self.cache = cache_folder(config, run)
+        self.todo = {step.stage: step for step in steps if step.reason}
+        self.training = [self.todo[s] for s in (*EXPERTS, "router") if s in self.todo]
 
     def prepare(self) -> None:
-        """All that can fail for a user's fault is tried before Ray starts."""
-        from ..data.selection import require, select
-        from .prepare import check_model, read_and_tokenise, resolve
-        from .signals import view_of
-
-        self.say(f"run directory {self.run.uri}")
+        """Everything that can fail because of the user's input, before Ray starts."""
+        log.info("run directory %s", self.run.uri)
         for step in self.todo.values():
-            self.say(f"{step.stage}: to run, {step.reason}")
-        self.resolved = resolve(self.config, self.cache, self.say)
-        check_model(self.resolved, scorers="score" in self.todo)
-        self.prepared = read_and_tokenise(self.resolved, self.say) if "score" in self.todo else None
-        if self.prepared:
-            for stage in [s for s in (*EXPERTS, "router") if s in self.todo]:
-                if (view := view_of(self.config, stage)) not in (
-                    "ranked",
-                    "pareto",
-                ):  # which need scores
-                    require(*select(self.prepared.pairs, view), stage)
+            log.info("%s: to run, %s", step.stage, step.reason)
+        self.resolved = resolve(self.config, self.cache)
+        check_models(self.resolved, scorers="score" in self.todo)
+        if "score" not in self.todo:
+            return
+        self.prepared = read_and_tokenise(self.resolved)
+        for step in self.training:
+            view = view_of(self.config, step.stage)
+            if view not in ("ranked", "pareto"):  # which need scores
+                require(*select(self.prepared.pairs, view), step.stage)
 
     def check_cluster(self) -> None:
-        """Wait for, or refuse at once, what the cluster does not have; decide whether both experts fit together."""
+        """Wait for, or refuse by name, what the cluster lacks for any stage."""
         if "score" in self.todo:
-            cluster.wait_for(
-                [("score", self.config.scores.group)],
-                self.config.cluster.resources_timeout,
-                self.say,
-            )
-        self.stages = [self.todo[s] for s in (*EXPERTS, "router") if s in self.todo]
-        self.together = held_together(
-            self.config, [s.stage for s in self.stages], "experts", self.say
-        )
+            groups = [("score", self.config.scores.group)]
+            cluster.wait_for(groups, self.config.cluster.resources_timeout)
+        wait_for_groups(self.config, [step.stage for step in self.training])
 
     def execute(self) -> None:
+        for step in self.steps:
+            if step.reason is None:  # left behind by a command that was killed after its commit
+                self._work_of(step.stage).delete()
         if "score" in self.todo:
             self._score()
-        if tables := [s for s in (*EXPERTS, "dual") if s in self.todo]:
+        tables = [stage for stage in (*EXPERTS, "dual") if stage in self.todo]
+        if tables:
             self._stage_tables(tables)
-        if self.stages:
-            train(self.resolved, self.run, self.stages, self.together, self._commit, self.say)
+        if self.training:
+            train(self.resolved, self.run, self.training, self._commit_training)
         if "evaluation" in self.todo:
             self._evaluate()
 
     def _score(self) -> None:
-        from .score import distinct_items, score
-
         started = time.monotonic()
-        assert self.prepared is not None
-        items = distinct_items(self.prepared.pairs, self.prepared.documents)
+        prepared = self.prepared
         scored = score(
             self.resolved,
-            items,
-            self.prepared.pairs,
-            self.prepared.fingerprints,
-            self.prepared.null_ids,
+            prepared.pairs,
+            prepared.documents,
+            prepared.fingerprints,
+            prepared.null_ids,
             self.cache,
-            self.say,
         )
-        scored.save(self.run / "scored")
-        (self.run / "scored").write(
-            "summary.json", json.dumps(self.prepared.summary, indent=1).encode()
-        )
+        folder = self.run / "scored"
+        scored.save(folder)
+        folder.write("summary.json", json.dumps(prepared.summary, indent=1).encode())
         self._commit("score", time.monotonic() - started)
 
     def _stage_tables(self, stages: list[str]) -> None:
-        """Select each stage's pairs and write its table; the dual data is a stage of its own, an expert's table is its input."""
-        from .signals import Scored, stage_table, write_table
-
+        """Write each stage's table; the dual data is a stage, an expert's table is its input."""
         scored = Scored.load(self.run / "scored")
         for stage in stages:
             started = time.monotonic()
-            table, summary = stage_table(
-                self.config, "router" if stage == "dual" else stage, scored
-            )
-            write_table(
-                self.run / ("dual" if stage == "dual" else f"experts/{stage}.work"),
-                "pairs.parquet",
-                table,
-            )
-            (self.run / "metrics").write(
-                f"{stage}.data.json", json.dumps(summary, indent=1).encode()
-            )
-            self.say(
-                f"{stage}: " + ", ".join(f"{k} {v}" for k, v in summary.items() if k != "dropped")
-            )
+            trained = "router" if stage == "dual" else stage
+            table, summary = stage_table(self.config, trained, scored)
+            folder = self.run / "dual" if stage == "dual" else self._work_of(stage)
+            write_table(folder, "pairs.parquet", table)
+            metrics = self.run / "metrics"
+            metrics.write(f"{stage}.data.json", json.dumps(summary, indent=1).encode())
+            shown = ", ".join(f"{k} {v}" for k, v in summary.items() if k != "dropped")
+            log.info("%s: %s", stage, shown)
             if stage == "dual":
+                self._warn_of_little_data(summary)
                 self._commit("dual", time.monotonic() - started)
 
-    def _evaluate(self) -> None:
-        from .prepare import build_miniature
-        from .stages import evaluate_miniature
+    def _warn_of_little_data(self, summary: dict[str, Any]) -> None:
+        held_out = summary["validation pairs"]
+        pairs, optim = summary["pairs"] - held_out, self.config.router.optim
+        steps = optim.steps or math.ceil(optim.epochs * pairs / optim.batch_size)
+        if pairs < _FEW_PAIRS:
+            log.warning(
+                "router: %d training pairs are few (fewer than %d): its gates may mean little",
+                pairs, _FEW_PAIRS,
+            )  # fmt: skip
+        if steps < _FEW_STEPS:
+            log.warning(
+                "router: %d training steps are few (fewer than %d): its gates may mean little",
+                steps, _FEW_STEPS,
+            )  # fmt: skip
+        if not held_out:
+            log.warning("router: there is no validation pair: overfitting will not be seen")
 
+    def _evaluate(self) -> None:
         started = time.monotonic()
-        self.say("evaluation: generating and judging")
-        built = build_miniature(self.config, self.cache, self.say)
+        log.info("evaluation: generating and judging")
+        built = build_miniature(self.config, self.cache)
         table = evaluate_miniature(self.config, self.run, built.prompts)
         (self.run / "evaluation").write("table.json", json.dumps(table, indent=1).encode())
         self._commit("evaluation", time.monotonic() - started)
 
+    def _work_of(self, stage: str) -> Storage:
+        """The folder of a training stage's table and checkpoints, which is deleted at its end."""
+        return self.run / f"{FOLDERS[stage]}.work"
+
     def _commit(self, stage: str, seconds: float) -> None:
         self.manifest.commit(stage, self.todo[stage].parts, FOLDERS[stage], seconds)
-        self.say(f"{stage}: done in {seconds:.1f} s")
+        log.info("%s: done in %.1f s", stage, seconds)
+
+    def _commit_training(self, stage: str, seconds: float) -> None:
+        self._commit(stage, seconds)
+        self._work_of(stage).delete()  # not before: a kill in between would repeat the stage

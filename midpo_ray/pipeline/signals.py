@@ -1,8 +1,9 @@
 """From the table of frozen signals to what a stage trains on.
 
-``scored/pairs.parquet`` holds the preference rows, ``scored/responses.parquet`` one row a distinct (prompt, response): its tokens
-and every frozen signal. A stage's table joins them: chosen and rejected tokens, reference log-probabilities, and the constants
-that make preference_loss this stage's objective (margin, weights, scale). No model runs here, so a sweep's trial costs nothing.
+``scored/pairs.parquet`` holds the preference rows, ``scored/responses.parquet`` one row per distinct
+(prompt, response) with its tokens and every frozen signal. A stage's table joins them: chosen and
+rejected tokens, reference log-probabilities, and the constants that make preference_loss this
+stage's objective (margin, weights, scale). No model runs here, so a sweep's trials score nothing.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
 from ..config import Config, Objective
-from ..data.schema import Pair, response_key
+from ..data.schema import Pair
 from ..data.selection import Selected, is_validation, require, select
 from ..errors import UserError
 from ..objectives import (
@@ -35,15 +38,30 @@ SIGNALS = ("reference_logp", "unconditional_logp", "reward", "cost")
 
 @dataclass
 class Scored:
-    """The scored table in memory: the pairs, and each distinct response's tokens and signals by its key."""
+    """The scored table in memory.
+
+    Args:
+        responses: one row per distinct (prompt, response): key (``response_key``), prompt_ids,
+            response_ids, and ``SIGNALS`` (float64, null where a recipe has no such scorer).
+    """
 
     pairs: list[Pair]
-    rows: Mapping[
-        str, dict[str, Any]
-    ]  # key -> {prompt_ids, response_ids, reference_logp, unconditional_logp, reward, cost}
+    responses: pa.Table
 
-    def of(self, pair: Pair, number: int) -> dict[str, Any]:
-        return self.rows[response_key(pair.prompt, pair.responses[number])]
+    @cached_property
+    def _row_of(self) -> dict[str, int]:
+        return {key: row for row, key in enumerate(self.responses["key"].to_pylist())}
+
+    @cached_property
+    def scores(self) -> dict[str, dict[str, float | None]]:
+        """key -> reward and cost, as ``data.selection.select`` reads them."""
+        values = self.responses.select(["reward", "cost"]).to_pylist()
+        return dict(zip(self._row_of, values, strict=True))
+
+    def rows(self, pairs: Sequence[Pair], numbers: Sequence[int]) -> pa.Table:
+        """The row of response ``number`` of each pair."""
+        keys = [pair.keys[number] for pair, number in zip(pairs, numbers, strict=True)]
+        return self.responses.take([self._row_of[key] for key in keys])
 
     def save(self, folder: Storage) -> None:
         pairs = {
@@ -58,13 +76,7 @@ class Scored:
             "source": [p.source for p in self.pairs],
         }
         write_table(folder, "pairs.parquet", pa.table(pairs))
-        keys = list(self.rows)
-        columns: dict[str, Any] = {"key": keys}
-        for name in ("prompt_ids", "response_ids"):
-            columns[name] = pa.array([self.rows[k][name] for k in keys], pa.list_(pa.int32()))
-        for name in SIGNALS:
-            columns[name] = pa.array([self.rows[k][name] for k in keys], pa.float64())
-        write_table(folder, "responses.parquet", pa.table(columns))
+        write_table(folder, "responses.parquet", self.responses)
 
     @classmethod
     def load(cls, folder: Storage) -> Scored:
@@ -81,8 +93,7 @@ class Scored:
             )
             for r in read_table(folder, "pairs.parquet").to_pylist()
         ]
-        rows = {r.pop("key"): r for r in read_table(folder, "responses.parquet").to_pylist()}
-        return cls(pairs, rows)
+        return cls(pairs, read_table(folder, "responses.parquet"))
 
 
 def write_table(folder: Storage, name: str, table: pa.Table) -> None:
@@ -106,30 +117,29 @@ def view_of(config: Config, stage: str) -> str:
 
 
 def stage_table(config: Config, stage: str, scored: Scored) -> tuple[pa.Table, dict[str, Any]]:
-    """What ``stage`` trains on, one row a pair, and a summary to log.
+    """What ``stage`` trains on, one row per pair, and a summary to log.
 
     Raises:
         UserError: no row is left for the stage (with the counts by reason).
     """
-    choices, dropped = select(scored.pairs, view_of(config, stage), scored.rows)
+    choices, dropped = select(scored.pairs, view_of(config, stage), scored.scores)
     require(choices, dropped, stage)
     pairs = [scored.pairs[index] for index, _ in choices]
-    chosen = [scored.of(p, number) for p, (_, number) in zip(pairs, choices, strict=True)]
-    rejected = [scored.of(p, 1 - number) for p, (_, number) in zip(pairs, choices, strict=True)]
+    chosen = scored.rows(pairs, [number for _, number in choices])
+    rejected = scored.rows(pairs, [1 - number for _, number in choices])
     objective = (
         Objective(name="dpo") if stage == "router" else getattr(config.experts, stage).objective
     )
     constants = _constants(objective, stage, scored, pairs, chosen, rejected)
     validation = [is_validation(p.prompt, config.data.validation, config.seed) for p in pairs]
-    lists = pa.list_(pa.int32())
     table = pa.table(
         {
             "id": [p.source for p in pairs],
-            "prompt": pa.array([r["prompt_ids"] for r in chosen], lists),
-            "chosen": pa.array([r["response_ids"] for r in chosen], lists),
-            "rejected": pa.array([r["response_ids"] for r in rejected], lists),
-            "reference_chosen": _column(chosen, "reference_logp").numpy(),
-            "reference_rejected": _column(rejected, "reference_logp").numpy(),
+            "prompt": chosen["prompt_ids"],
+            "chosen": chosen["response_ids"],
+            "rejected": rejected["response_ids"],
+            "reference_chosen": chosen["reference_logp"],
+            "reference_rejected": rejected["reference_logp"],
             **{name: values.numpy() for name, values in constants.items()},
             "validation": validation,
         }
@@ -142,10 +152,10 @@ def _constants(
     stage: str,
     scored: Scored,
     pairs: Sequence[Pair],
-    chosen: Sequence[dict[str, Any]],
-    rejected: Sequence[dict[str, Any]],
+    chosen: pa.Table,
+    rejected: pa.Table,
 ) -> dict[str, torch.Tensor]:
-    """margin, weight_chosen, weight_rejected, scale of each pair, [B] float64 (method: one loss, other constants)."""
+    """margin, weight_chosen, weight_rejected, scale of each pair, [B] float64."""
     ones = torch.ones(len(pairs), dtype=torch.float64)
     constants = {"margin": 0 * ones, "weight_chosen": ones, "weight_rejected": ones, "scale": ones}
     own, other = ("cost", "reward") if stage == "safety" else ("reward", "cost")
@@ -170,7 +180,8 @@ def _constants(
         )
         if objective.balance:
             constants["weight_chosen"], constants["weight_rejected"] = weights
-        # Without the weights, gradient_norm has nothing to keep steady and is 1; imbalance still reads them.
+        # gradient_norm keeps the gradient of weighted pairs steady: without weights it is 1.
+        # imbalance reads the weights also where the loss does not.
         scaled_by = (
             weights if objective.balance or objective.scaling == "imbalance" else (ones, ones)
         )
@@ -183,10 +194,10 @@ def _margin(
     own: str,
     scored: Scored,
     pairs: Sequence[Pair],
-    chosen: Sequence[dict[str, Any]],
-    rejected: Sequence[dict[str, Any]],
+    chosen: pa.Table,
+    rejected: pa.Table,
 ) -> torch.Tensor:
-    """The margin before lambda, [B]: from the scorer of the pair's own preference, or from the data's margin column."""
+    """The margin before λ, [B]: from the scorer of the stage's own preference, or the data's column."""
     if objective.margin_from == "column":
         without = next((p.source for p in pairs if p.margin is None), None)
         if without:
@@ -199,7 +210,7 @@ def _margin(
         margin = homogeneous_margin(
             _column(chosen, own), _column(rejected, own), lower_is_better=own == "cost"
         )
-        deviation = torch.tensor([r[own] for r in scored.rows.values()], dtype=torch.float64).std()
+        deviation = _column(scored.responses, own).std()
     if objective.margin_unit == "raw":
         return margin
     if not deviation > 0:
@@ -209,30 +220,35 @@ def _margin(
     return margin / deviation
 
 
-def _information(rows: Sequence[dict[str, Any]], per_token: bool) -> torch.Tensor:
-    length = torch.tensor([len(r["response_ids"]) for r in rows], dtype=torch.float64)
+def _lengths(rows: pa.Table) -> torch.Tensor:
+    lengths = pc.list_value_length(rows["response_ids"]).to_numpy()
+    return torch.tensor(lengths, dtype=torch.float64)
+
+
+def _information(rows: pa.Table, per_token: bool) -> torch.Tensor:
+    """Mutual information of each response and its prompt, in nats: in total or per token, [B]."""
     return pointwise_mutual_information(
         _column(rows, "reference_logp"),
         _column(rows, "unconditional_logp"),
-        length if per_token else None,
+        _lengths(rows) if per_token else None,
     )
 
 
-def _column(rows: Sequence[dict[str, Any]], name: str) -> torch.Tensor:
-    return torch.tensor([r[name] for r in rows], dtype=torch.float64)
+def _column(rows: pa.Table, name: str) -> torch.Tensor:
+    return torch.tensor(rows[name].to_numpy(), dtype=torch.float64)
 
 
 def _summary(
     choices: Sequence[Selected],
     dropped: Counter[str],
     validation: Sequence[bool],
-    chosen: Sequence[dict[str, Any]],
-    rejected: Sequence[dict[str, Any]],
+    chosen: pa.Table,
+    rejected: pa.Table,
     constants: Mapping[str, torch.Tensor],
 ) -> dict[str, Any]:
-    """What is always worth a look before training: the mutual information is fragile (see the method's B-DPO section)."""
-    both = [*chosen, *rejected]
-    lengths = torch.tensor([len(r["response_ids"]) for r in both], dtype=torch.float64)
+    """Figures to read before training; B-DPO's weights depend on the mutual information."""
+    both = pa.concat_tables([chosen, rejected])
+    lengths = _lengths(both)
     information = _information(both, True)
     spread = bool(information.std() > 0 and lengths.std() > 0) if len(both) > 1 else False
     correlation = (

@@ -78,8 +78,6 @@ def _fit_stage(spec: dict[str, Any], *after: Any) -> dict[str, Any]:
         outcome = trainer.fit().return_value
     if "error" in outcome:
         raise UserError(outcome["error"])
-    if "stopped" not in outcome:
-        (Storage(spec["run"]) / f"{FOLDERS[stage]}.work").delete()
     return {**outcome, "seconds": time.monotonic() - started}
 
 

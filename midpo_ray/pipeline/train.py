@@ -1,8 +1,13 @@
-"""Training stages on the cluster: those that fit start together, each is recorded as it ends, a notice to stop is passed on."""
+"""Training stages on the cluster: a graph of Ray tasks, each recorded as it ends.
+
+All stages are submitted at once. Ray starts what fits, queues the rest (so that an autoscaler learns
+of it), and starts the router when the experts that it depends on have ended.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import signal
 import threading
@@ -19,91 +24,83 @@ from .plan import Step
 from .stages import launch, stage_spec
 from .watch import STOP, Faults
 
-NOTICE = 25.0  # seconds between SIGTERM and the end, for the workers' last checkpoint: spot machines get 30 and more
-LOOK = 2.0  # seconds between looks at the nodes and at the workers' last words
+log = logging.getLogger(__name__)
+
+NOTICE = (
+    25.0  # seconds after SIGTERM for the workers' last checkpoint: spot machines get 30 or more
+)
+LOOK = 2.0  # seconds between two checks of the nodes and of the workers' messages
 
 
-def held_together(
-    config: Config, stages: Sequence[str], what: str, say: Callable[[str], None]
-) -> bool:
-    """Wait for, or refuse at once, what the cluster lacks for each stage; whether all but the router fit at the same time."""
-    cluster.wait_for([(s, config.group(s)) for s in stages], config.cluster.resources_timeout, say)
-    first = [s for s in stages if s != "router"]
-    together = cluster.hold([config.group(s) for s in first], cluster.nodes()) is None
-    if len(first) == 2 and not together:
-        say(f"the cluster cannot hold both {what} at the same time: they run one after the other")
-    return together
+def wait_for_groups(config: Config, stages: Sequence[str]) -> None:
+    """Wait until the cluster can hold each stage's group; UserError names what it lacks."""
+    groups = [(stage, config.group(stage)) for stage in stages]
+    cluster.wait_for(groups, config.cluster.resources_timeout)
+    first = [group for stage, group in groups if stage != "router"]
+    if len(first) > 1 and cluster.hold(first, cluster.nodes()) is not None:
+        names = " and ".join(stage for stage, _ in groups if stage != "router")
+        log.info("the cluster cannot hold %s at the same time: they run one after the other", names)
 
 
 def train(
     config: Config,
     run: Storage,
     steps: Sequence[Step],
-    together: bool,
     commit: Callable[[str, float], None],
-    say: Callable[[str], None],
 ) -> None:
-    """Launch the stages, in turn unless they fit ``together``, the router behind all others; ``commit(stage, seconds)`` each.
+    """Run the stages; ``commit(stage, seconds)`` is called when one is finished.
 
-    A stage's failure does not disturb the others: what can finish does, and is kept, before the failure is told.
+    Raises:
+        UserError: the first failure; what can finish without the failed stage is finished before.
+        KeyboardInterrupt: after SIGTERM, when checkpoints are written.
     """
-    import ray
+    import ray  # slow to import
 
-    waiting, digests = [s.stage for s in steps], {s.stage: s.digest for s in steps}
-    running: dict[Any, str] = {}
-    failures: list[Exception] = []
     run.delete(STOP)
-    patience, faults = cluster.Patience(config.cluster.resources_timeout, say), Faults(run)
+    running: dict[Any, str] = {}  # task -> stage
+    for step in steps:  # in the order of the plan: the router is last
+        needed = list(running) if step.stage == "router" else []
+        running[launch(stage_spec(config, step.stage, run, step.digest), needed)] = step.stage
+    failures: dict[str, Exception] = {}
+    shortages, faults = cluster.Shortages(config.cluster.resources_timeout), Faults(run)
     look, end = time.monotonic() + LOOK, math.inf
-
-    def may_start(stage: str) -> bool:
-        """At once, or in turn; the router is queued behind the others as soon as they run, and not behind a failure."""
-        return not failures if stage == "router" else together or not running
-
-    with Live(run, waiting, say) as live, _on_sigterm() as noticed:
-        while (waiting or running) and time.monotonic() < end:
-            while waiting and not noticed.is_set() and may_start(waiting[0]):
-                stage = waiting.pop(0)
-                depends = [ref for ref in running if stage == "router" or not together]
-                running[launch(stage_spec(config, stage, run, digests[stage]), depends)] = stage
-            if not running:
-                break
+    with Live(run, [step.stage for step in steps]) as live, _on_sigterm() as noticed:
+        while running and time.monotonic() < end:
             ready, _ = ray.wait(list(running), timeout=0.5)
             live.update()
-            for ref in ready:
-                stage = running.pop(ref)
+            for task in ready:
+                stage = running.pop(task)
                 try:
-                    outcome = ray.get(ref)
+                    outcome = ray.get(task)
                     if "stopped" not in outcome:
                         commit(stage, outcome["seconds"])
                 except (ray.exceptions.RayError, UserError) as error:
-                    failures.append(told(error, stage))
+                    failures.setdefault(stage, as_user_error(error, stage))
             if noticed.is_set() and end == math.inf:
-                say("told to stop: waiting for a last checkpoint")
+                log.info("stopping: waiting for the last checkpoints")
                 run.write(STOP, b"")
                 end = time.monotonic() + NOTICE
             if time.monotonic() >= look:
                 look = time.monotonic() + LOOK
                 for line in faults.new():
-                    say(line)
-                there = cluster.nodes()
-                for ref, stage in list(running.items()):
-                    busy = (
-                        stage != "router" or len(running) == 1
-                    )  # it may be queued behind the experts
-                    if busy and (lack := patience.over(stage, config.group(stage), there)):
-                        ray.cancel(ref, force=True)
-                        del running[ref]
-                        failures.append(lack)
+                    log.warning(line)
+                available = cluster.nodes()
+                for task, stage in list(running.items()):
+                    if stage == "router" and len(running) > 1:
+                        continue  # it waits for its experts
+                    lacking = shortages.error(stage, config.group(stage), available)
+                    if lacking:
+                        ray.cancel(task, force=True)
+                        failures[stage] = lacking
     if noticed.is_set():
         raise KeyboardInterrupt
-    if failures:
-        raise failures[0]
+    if failures:  # in the order in which they happened: a router's is that of its expert
+        raise next(iter(failures.values()))
 
 
 @contextlib.contextmanager
 def _on_sigterm() -> Iterator[threading.Event]:
-    """Set when SIGTERM comes (a spot machine's notice, a stopped job) instead of dying at once."""
+    """An event that SIGTERM (a spot machine's notice, a stopped job) sets instead of ending us."""
     noticed = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield noticed
@@ -115,12 +112,12 @@ def _on_sigterm() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
-def told(error: Exception, stage: str) -> UserError:
-    """A stage's failure as one line; the whole story is in the run's logs."""
+def as_user_error(error: Exception, stage: str) -> UserError:
+    """A stage's failure as one line; the run's logs have its traceback."""
     cause = getattr(error, "cause", None) or error
     if isinstance(cause, UserError):
         return cause
-    last = [line for line in str(cause).splitlines() if line.strip()]
+    lines = [line for line in str(cause).splitlines() if line.strip()]
     return UserError(
-        f"stage {stage} failed: {last[-1].strip() if last else cause.__class__.__name__}"
+        f"stage {stage} failed: {lines[-1].strip() if lines else type(cause).__name__}"
     )

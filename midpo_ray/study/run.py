@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..evaluation.prompts import MINIATURE, load_sets
 from ..pipeline import cluster
 from ..pipeline.lock import run_lock
+from ..pipeline.plan import FOLDERS
 from ..storage import Storage
 from .plan import Plan, Unit, describe, plan
 from .spec import Study, load_study
@@ -71,7 +72,7 @@ def study(
             session = cluster.connect(address)
             try:
                 groups = {f"{u.kind} {u.stage}".strip(): u.group for u in todo}
-                cluster.wait_for(list(groups.items()), config.cluster.resources_timeout, say)
+                cluster.wait_for(list(groups.items()), config.cluster.resources_timeout)
                 failed = _Work(folder, graph, todo, wanted, say).through()
             finally:
                 if session is not None:
@@ -174,16 +175,17 @@ class _Work:
     def _end(self, ref: Any) -> None:
         import ray
 
-        from ..pipeline.train import told
+        from ..pipeline.train import as_user_error
 
         unit, started = self.running.pop(ref)
         try:
             ray.get(ref)
             if unit.group.max_workers > 1:
                 commit(self.folder, unit.spec(self.folder.uri, self.wanted), started)
+                (self.folder / unit.folder).delete(f"{FOLDERS[unit.stage]}.work")
             self.open.discard(unit.id)
         except (ray.exceptions.RayError, UserError) as error:
-            self._fail(unit, told(error, unit.about))
+            self._fail(unit, as_user_error(error, unit.about))
 
     def _fail(self, unit: Unit, fault: object) -> None:
         self.broken.add(unit.id)

@@ -54,10 +54,6 @@ def threads(config: Config, spec: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, int(cpus)))
 
 
-def quiet(line: str) -> None:
-    """The study says how far it is; a unit's own lines would only mix."""
-
-
 def cached(config: Config, study: Storage) -> Config:
     """The configuration with its cache named: beside the study, as a run's is beside the run."""
     from ..pipeline.run import cache_folder
@@ -68,7 +64,7 @@ def cached(config: Config, study: Storage) -> Config:
 def resolved(config: Config, study: Storage) -> Config:
     from ..pipeline.prepare import resolve
 
-    return resolve(config, Storage(cached(config, study).cache or ""), quiet)
+    return resolve(config, Storage(cached(config, study).cache or ""))
 
 
 def score(spec: dict[str, Any], config: Config, study: Storage) -> None:
@@ -80,7 +76,6 @@ def score(spec: dict[str, Any], config: Config, study: Storage) -> None:
         "auto",
         run_dir=(study / spec["folder"]).uri,
         until="score",
-        say=quiet,
     )
 
 

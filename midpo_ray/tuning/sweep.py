@@ -183,7 +183,7 @@ def tune(
     count = max(known["samples"], space.samples or len(grid(space)))
     if space.search == "grid":
         count = min(count, len(grid(space)))
-    sweep = Sweep(space, resolve(fixed, cache_folder(config, folder), say), folder, key, count)
+    sweep = Sweep(space, resolve(fixed, cache_folder(config, folder)), folder, key, count)
     if add_samples and known["samples"] and not sweep.todo():
         sweep.samples += add_samples
     if sweep.grid is not None:
@@ -196,7 +196,7 @@ def tune(
         with run_lock(folder):
             session = cluster.connect(address)
             try:
-                run(fixed, address, run_dir=folder.uri, until=until, say=say)
+                run(fixed, address, run_dir=folder.uri, until=until)
                 folder.write(STATE, state)  # nothing is written before the data is read
                 _run_trials(sweep, say)
             finally:
@@ -212,7 +212,7 @@ def _run_trials(sweep: Sweep, say: Say) -> None:
     from ray import tune as ray_tune
 
     group = group_of(sweep.config, list(sweep.space.stages))
-    cluster.wait_for([("a trial", group)], sweep.config.cluster.resources_timeout, say)
+    cluster.wait_for([("a trial", group)], sweep.config.cluster.resources_timeout)
     slots, nodes = 1, cluster.nodes()
     while cluster.hold([group] * (slots + 1), nodes) is None:
         slots += 1
