@@ -1,6 +1,6 @@
-"""midpo_ray: align a language model for safety and helpfulness at once, offline, on a Ray cluster.
+"""midpo_ray: align a language model for safety and helpfulness, offline, on a Ray cluster.
 
-Light to import: ``run`` and ``load_routed`` bring Ray and transformers in when they are first called.
+It is light to import: ``run`` and ``load_routed`` import Ray and transformers when they are called.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Config", "UserError", "load_config", "load_routed", "run"]
 
 
 def run(config: Config, address: str | None = None, **options: Any) -> RunResult:
-    """Run the whole job, or what is missing of it; see ``midpo_ray.pipeline.run.run``."""
+    """Run a recipe, or what is missing of it; see ``midpo_ray.pipeline.run.run``."""
     from .pipeline.run import run as run_pipeline
 
     return run_pipeline(config, address, **options)

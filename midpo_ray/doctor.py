@@ -1,4 +1,4 @@
-"""``midpo doctor``: what is installed, what the cluster has, what would fail."""
+"""``midpo doctor``: what is installed, what the cluster has, and what would fail."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OPTIONAL = {"wandb": "logging.wandb", "mlflow": "logging.mlflow"}
 
 
 def examine(address: str | None = None) -> str:
-    """A report of lines; those that begin with ``!`` would make a run fail or surprise."""
+    """A report, one line per finding; a line that begins with ``!`` can make a run fail."""
     lines = [f"python {sys.version.split()[0]}"]
     for name in PACKAGES:
         try:
@@ -22,7 +22,7 @@ def examine(address: str | None = None) -> str:
             lines.append(f"! {name} is not installed: pip install midpo_ray")
     for name, key in OPTIONAL.items():
         if importlib.util.find_spec(name) is None:
-            lines.append(f"{name} is not installed (needed for {key} alone)")
+            lines.append(f"{name} is not installed (only {key} needs it)")
     lines += _machine()
     lines += _cluster(address)
     return "\n".join(lines)
@@ -37,7 +37,7 @@ def _machine() -> list[str]:
             properties = torch.cuda.get_device_properties(i)
             lines.append(f"GPU {i}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
     else:
-        lines.append("no GPU is seen by torch: stages run on CPU (gpus_per_worker must be 0)")
+        lines.append("torch sees no GPU: stages run on CPUs (gpus_per_worker must be 0)")
     free = shutil.disk_usage(".").free / 2**30
     lines.append(f"{'! only ' if free < 5 else ''}{free:.0f} GiB free in this folder")
     shared = shutil.disk_usage("/dev/shm").free / 2**30 if os.path.isdir("/dev/shm") else 0
@@ -45,9 +45,7 @@ def _machine() -> list[str]:
         f"{'! only ' if shared < 1 else ''}{shared:.1f} GiB free in /dev/shm (Ray's object store)"
     )
     if os.environ.get("HF_HUB_OFFLINE") == "1":
-        lines.append(
-            "HF_HUB_OFFLINE=1: models and data come from local folders or the hub's cache alone"
-        )
+        lines.append("HF_HUB_OFFLINE=1: models and data come only from local folders or the cache")
     return lines
 
 
@@ -60,17 +58,14 @@ def _cluster(address: str | None) -> list[str]:
     except (UserError, MachineError) as error:
         return [f"! {error}"]
     try:
-        found = cluster.nodes()
-        lines = [f"cluster ({address or 'local'}): {len(found)} node(s)"]
-        for node in found:
-            kinds = {
-                k: v
-                for k, v in node.resources.items()
-                if not k.startswith(("node:", "object_store", "memory"))
-            }
-            lines.append(
-                f"  {', '.join(f'{v:g} {k}' for k, v in sorted(kinds.items()))}{' ' + str(node.labels) if node.labels else ''}"
-            )
+        nodes = cluster.nodes()
+        lines = [f"cluster ({address or 'local'}): {len(nodes)} node(s)"]
+        for node in nodes:
+            own = ("node:", "object_store", "memory")  # resources that Ray itself adds
+            amounts = [
+                f"{v:g} {k}" for k, v in sorted(node.resources.items()) if not k.startswith(own)
+            ]
+            lines.append(f"  {', '.join(amounts)} {node.labels or ''}".rstrip())
         return lines
     finally:
         if session is not None:

@@ -12,6 +12,8 @@ from typing import Any
 
 from .errors import UserError
 
+USER_FOLDERS = "MIDPO_USER_FOLDERS"  # an environment variable of workers: where user code is
+
 
 def load_function(name: str, where: str) -> Callable[..., Any]:
     """Import a user's function; the working directory is the last place that is searched.
@@ -63,8 +65,17 @@ def _parts(name: str, where: str) -> tuple[str, str]:
     return module, function
 
 
+def user_folders() -> str:
+    """The working directory and the folder of the running script, for ``USER_FOLDERS``."""
+    script = os.path.dirname(os.path.realpath(sys.argv[0]))
+    return os.pathsep.join([os.getcwd(), *([script] if script in sys.path else [])])
+
+
 def _search_working_directory() -> None:
-    """Append the working directory to ``sys.path``: no file in it hides an installed package."""
-    folder = os.getcwd()
-    if folder not in sys.path:
-        sys.path.append(folder)
+    """Append the working directory to ``sys.path``: no file in it hides an installed package.
+
+    In a worker, the folders of the process that started the run are appended, too.
+    """
+    for folder in (os.getcwd(), *os.environ.get(USER_FOLDERS, "").split(os.pathsep)):
+        if folder and folder not in sys.path:
+            sys.path.append(folder)

@@ -1,4 +1,4 @@
-"""Bad input through the real command line: one line, exit code 2, no traceback, and nothing already computed is lost."""
+"""Bad input through the real command line: one line, exit code 2, nothing computed is lost."""
 
 import gzip
 import json
@@ -234,7 +234,7 @@ def adapter(folder: Path, base: Path, rank: int) -> Path:
 
 
 def test_adapters_of_another_base_or_rank(tmp_path: Path, model: Path, tiny_model_dir) -> None:
-    """A run directory put together by hand, then each of its parts exchanged for one that does not fit."""
+    """A run directory made by hand; each of its parts is replaced by one that does not fit."""
     from transformers import AutoModelForCausalLM
 
     from midpo_ray.config import Model, Router

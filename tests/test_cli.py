@@ -87,6 +87,28 @@ def test_a_function_of_the_working_directory_is_found_last(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+def test_workers_search_the_working_directory_last(tmp_path):
+    """Ray would put it first in its workers."""
+    (tmp_path / "mine.py").write_text("def score(prompts, responses):\n    return [1.0]\n")
+    (tmp_path / "colorsys.py").write_text("raise SystemExit('executed')\n")
+    (tmp_path / "start.py").write_text(
+        "import ray\n"
+        "from midpo_ray.pipeline.cluster import connect\n"
+        "connect('local')\n"
+        "@ray.remote\n"
+        "def worker():\n"
+        "    import colorsys\n"
+        "    from midpo_ray.user_code import load_function\n"
+        "    return load_function('mine:score', 'x')([], []), colorsys.rgb_to_hsv(0, 0, 0)\n"
+        "assert ray.get(worker.remote()) == ([1.0], (0.0, 0.0, 0)), 'wrong'\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "start.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
 PANELS = {
     "Prepare": {"inspect", "doctor", "config"},
     "Train": {"run", "tune", "reward"},

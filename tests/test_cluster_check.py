@@ -1,4 +1,4 @@
-"""Every shipped cluster file passes its check; each broken copy fails with a line that names the fault."""
+"""Every shipped cluster file is sound; each broken copy has a fault at the key that is wrong."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ NODE, HEAD, WORKER = (
     "worker_start_ray_commands/1",
 )
 SPEC, POD = "spec/headGroupSpec", "spec/workerGroupSpecs/0/template/spec"
-# Each change to a shipped file with the key of the fault; after a "?" the key that is suggested, and
-# after a "=" the kind of secret.
+# Each change to a shipped file with the key of the fault; after a "?" the suggested key, after a "="
+# the kind of secret.
 BROKEN = [
     # Ray's own schema, with the nearest key
     (AWS, set_("max_worker", 3), "max_worker ? max_workers"),

@@ -1,4 +1,4 @@
-"""The configuration: shipped recipes, overrides, and errors of one line that name the key and the nearest known one."""
+"""The configuration: shipped recipes, overrides, errors that name the key and the nearest one."""
 
 from pathlib import Path
 from typing import ClassVar

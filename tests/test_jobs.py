@@ -1,4 +1,4 @@
-"""Submitting a run: what is refused before anything starts, what the job server is asked for, and what comes back."""
+"""Submitting a run: what is refused before it starts, what the job server is asked to do."""
 
 from __future__ import annotations
 

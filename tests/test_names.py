@@ -1,4 +1,4 @@
-"""One public name is one thing in the whole package, and modules import each other without cycles."""
+"""One public name is one thing in the whole package, and imports form no cycle."""
 
 import ast
 from collections import defaultdict

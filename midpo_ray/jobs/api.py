@@ -105,8 +105,9 @@ class Jobs:
         with tempfile.TemporaryDirectory() as folder, self._errors_in_one_line():
             package(job.config, Path(folder))
             variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
+            run_dir = shlex.quote(job.run_dir)
             job_id = self._api.submit_job(
-                entrypoint=f"midpo run run.yaml --address auto --run-dir {shlex.quote(job.run_dir)}",
+                entrypoint=f"midpo run run.yaml --address auto --run-dir {run_dir}",
                 submission_id=f"{job.id}-{len(earlier) + 1}",  # Ray accepts an id once
                 runtime_env={"working_dir": folder, "env_vars": variables},
                 metadata=metadata,

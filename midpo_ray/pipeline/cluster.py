@@ -14,6 +14,7 @@ from typing import Any
 
 from ..config import Group
 from ..errors import MachineError, UserError
+from ..user_code import USER_FOLDERS, user_folders
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +127,21 @@ def nodes() -> list[Node]:
     return found
 
 
+def _job_config() -> Any:
+    """Ray's settings of a job, without the working directory on the ``sys.path`` of its workers.
+
+    Ray would put it first, and every worker would execute a file in it that is named like a
+    library. ``user_code`` appends it where a user names a function.
+    """
+    from ray.job_config import JobConfig
+
+    package = Path(__file__).parent.parent.parent
+    installed = package.name in ("site-packages", "dist-packages")
+    config = JobConfig(_py_driver_sys_path=[] if installed else [str(package)])
+    config._runtime_env_has_working_dir = lambda: True  # Ray's own condition for leaving it out
+    return config
+
+
 def connect(address: str | None) -> Any:
     """Connect to a Ray cluster.
 
@@ -151,11 +167,14 @@ def connect(address: str | None) -> Any:
     if ray.is_initialized():
         return None
     passed_on = (*WORKER_ENVIRONMENT, "HF_HUB_OFFLINE", "HF_HOME")
+    variables = {name: os.environ[name] for name in passed_on if name in os.environ}
+    variables[USER_FOLDERS] = user_folders()
     options: dict[str, Any] = {
-        "runtime_env": {"env_vars": {k: os.environ[k] for k in passed_on if k in os.environ}},
+        "runtime_env": {"env_vars": variables},
         "log_to_driver": False,
         "logging_level": "ERROR",
         "configure_logging": True,
+        "job_config": _job_config(),
     }
     if local:
         return _start(options)
