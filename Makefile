@@ -1,4 +1,4 @@
-# make demo: set up, run the main job on the embedded miniature world, say where the result is.
+# make demo: set up, run the main job on the embedded miniature world, print where the result is.
 # make test: set up, pass the checks and the tests.
 PYTHON ?= python3
 VENV ?= .venv
@@ -44,7 +44,7 @@ test-cluster: setup-dev
 soak: setup-dev
 	$(BIN)/python tests/cluster/soak.py
 
-# Two files at a time: most of a test on Ray is waiting.
+# Two files at a time, because a test on Ray mostly waits.
 test: checks
 	$(BIN)/python -m pytest -q -rs -m "not faults" -n 2 --dist loadfile --no-loadscope-reorder --durations 30
 
