@@ -44,7 +44,7 @@ def collisions() -> dict[str, list[str]]:
     """
     places = defaultdict(list)
     for path, tree in TREES.items():
-        if path in (Path("__init__.py"), Path("cli.py")):
+        if path in (Path("__init__.py"), Path("cli/local.py"), Path("cli/remote.py")):
             continue
         for node in tree.body:
             if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
