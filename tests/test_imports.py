@@ -1,8 +1,10 @@
 """Imports go one way, and the maths, the data and the models need neither Ray nor DeepSpeed."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,19 @@ def test_light_without_ray_and_deepspeed() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# Modules whose distribution has another name.
+DISTRIBUTION = {"yaml": "pyyaml", "sklearn": "scikit-learn", "lm_eval": "lm-eval"}
+
+
+def test_what_is_imported_is_declared() -> None:
+    """Every package that a module imports is a dependency, or belongs to an extra."""
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    declared = [*project["dependencies"], *(d for name in extras for d in extras[name])]
+    names = {re.split(r"[\[<>=]", d)[0].lower().replace("_", "-") for d in declared}
+    used = {name.partition(".")[0] for path in MODULES for name in imported(path)}
+    used -= {"", "midpo_ray", *sys.stdlib_module_names}
+    missing = {DISTRIBUTION.get(n, n).lower().replace("_", "-") for n in used} - names
+    assert not missing
