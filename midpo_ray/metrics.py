@@ -141,23 +141,21 @@ def wilson(successes: float, n: int) -> Estimate:
 # --- of an answers table --------------------------------------------------------------------------
 
 
-def metric_values(answers: pd.DataFrame, metric: str) -> pd.Series:
-    """One value per row of the prompts that count for the metric; NaN where the verdict is null."""
+def metric_values(answers: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Columns set, id, seed, value of the rows of prompts that count; NaN where a verdict is null."""
     what = METRICS[metric]
     rows = answers if what.harmful is None else answers[answers["harmful"].eq(what.harmful)]
-    if what.column not in rows:
-        return pd.Series(math.nan, rows.index)
-    return rows[what.column].astype("float64") * what.sign
+    values = rows[what.column].astype("float64") * what.sign if what.column in rows else math.nan
+    return rows[["set", "id", "seed"]].assign(value=values)
 
 
 def prompt_means(answers: pd.DataFrame, metric: str) -> pd.Series:
     """One value per prompt, the mean over its rows without nulls; indexed by set and id."""
-    values = metric_values(answers, metric).dropna()
-    rows = answers.loc[values.index]
-    return values.groupby([rows["set"], rows["id"]], sort=False).mean()
+    rows = metric_values(answers, metric).dropna(subset="value")
+    return rows.groupby(["set", "id"], sort=False)["value"].mean()
 
 
-def over_prompts(values: pd.Series, share: bool = False) -> Estimate:
+def _over_prompts(values: pd.Series, share: bool = False) -> Estimate:
     """Mean of [P] values: Wilson's interval for a rate of yes and no, otherwise a bootstrap."""
     if share and values.isin((0.0, 1.0)).all():
         return wilson(values.sum(), len(values))
@@ -176,8 +174,8 @@ def summarise(answers: pd.DataFrame, by: Sequence[str] = ("model", "set")) -> pd
         for metric, what in METRICS.items():
             means = prompt_means(rows, metric)
             if len(means):
-                value, low, high, prompts = over_prompts(means, what.share)
-                nulls = int(metric_values(rows, metric).isna().sum())
+                value, low, high, prompts = _over_prompts(means, what.share)
+                nulls = int(metric_values(rows, metric)["value"].isna().sum())
                 lines.append((*names, metric, value, low, high, prompts, nulls))
     columns = [*by, "metric", "value", "low", "high", "prompts", "nulls"]
     return pd.DataFrame(lines, columns=columns)
@@ -185,9 +183,8 @@ def summarise(answers: pd.DataFrame, by: Sequence[str] = ("model", "set")) -> pd
 
 def paired(a: pd.DataFrame, b: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Columns a and b of the rows that both tables have values for, indexed by set, id and seed."""
-    keys = ["set", "id", "seed"]
     sides = [
-        rows[keys].assign(value=metric_values(rows, metric)).dropna(subset="value").set_index(keys)
+        metric_values(rows, metric).dropna(subset="value").set_index(["set", "id", "seed"])
         for rows in (a, b)
     ]
     joined = sides[0].join(sides[1], lsuffix="_a", rsuffix="_b", how="inner")
@@ -216,8 +213,8 @@ def _of_pairs(values: pd.Series) -> Estimate:
 
 def seed_means(answers: pd.DataFrame, metric: str) -> pd.Series:
     """The metric of each seed, indexed by seed: the mean over the seed's prompts."""
-    values = metric_values(answers, metric).dropna()
-    return values.groupby(answers.loc[values.index, "seed"]).mean()
+    rows = metric_values(answers, metric).dropna(subset="value")
+    return rows.groupby("seed")["value"].mean()
 
 
 def seed_win_rates(a: pd.DataFrame, b: pd.DataFrame, metric: str) -> pd.Series:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from routing_world import make_run, routed_of
+from scipy.stats import binomtest
 
 from midpo_ray.cli import main
 from midpo_ray.errors import UserError
@@ -93,7 +94,7 @@ def test_whole(tmp_path, run, prompts, caplog):
         "summary.csv",
         "answers.csv",
         "answers.parquet",
-        "charts/picture-few.svg",
+        "charts/tradeoff-few.svg",
     ):
         assert (tmp_path / "report" / name).stat().st_size > 100, name
     report = json.loads((tmp_path / "report/report.json").read_text())
@@ -115,7 +116,10 @@ def test_whole(tmp_path, run, prompts, caplog):
     assert caplog.messages[0] == "answers of mine: 4 of 4 cached, 0 to do"
 
 
-def test_figures_are_the_csvs(tmp_path, run, prompts):
+SHARES = ("safe", "refused", "degenerate", "truncated")
+
+
+def test_metrics_are_the_csvs(tmp_path, run, prompts):
     """The report's numbers again, from answers.csv by numpy that shares no code with it."""
     evaluated(tmp_path, [str(run)], [prompts], against="base", temperature=1.0, seeds=3)
     with (tmp_path / "report/answers.csv").open(newline="", encoding="utf-8") as file:
@@ -132,9 +136,9 @@ def test_figures_are_the_csvs(tmp_path, run, prompts):
         "length": ("tokens", "", 1),
     }
     lines = json.loads((tmp_path / "report/report.json").read_text())["summary"]
-    assert {line["figure"] for line in lines} == set(column)
+    assert {line["metric"] for line in lines} == set(column)
     for line in lines:
-        name, harmful, sign = column[line["figure"]]
+        name, harmful, sign = column[line["metric"]]
         mine = [
             r
             for r in answers
@@ -142,7 +146,7 @@ def test_figures_are_the_csvs(tmp_path, run, prompts):
             and r["set"] == line["set"]
             and harmful in ("", r["harmful"])
         ]
-        mine = [r for r in mine if r["category"] == line.get("category", r["category"])]
+        mine = [r for r in mine if r["category"] == (line["category"] or r["category"])]
         numbers = {"true": 1.0, "false": 0.0}
         each: dict[str, list[float]] = {}
         for r in mine:
@@ -151,12 +155,16 @@ def test_figures_are_the_csvs(tmp_path, run, prompts):
         values = np.array([np.mean(v) for v in each.values()])
         assert line["value"] == pytest.approx(values.mean(), abs=1e-12)
         assert line["prompts"] == len(values)
-        draws = values[
-            np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
-        ].mean(1)
-        assert [line["low"], line["high"]] == pytest.approx(
-            np.percentile(draws, [2.5, 97.5]).tolist(), abs=1e-12
-        )
+        interval = [line["low"], line["high"]]
+        if name in SHARES and set(values) <= {0.0, 1.0}:
+            rate = binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
+            assert interval == pytest.approx(list(rate), abs=1e-12)
+        elif len(values) == 1:
+            assert interval == [None, None]
+        else:
+            chosen = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
+            expected = np.percentile(values[chosen].mean(1), [2.5, 97.5]).tolist()
+            assert interval == pytest.approx(expected, abs=1e-12)
 
 
 def test_null_verdicts_are_left_out_and_counted(tmp_path, run, prompts, caplog):

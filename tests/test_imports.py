@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "midpo_ray"
 LAYER = {
     "errors": 0, "logs": 0, "user_code": 1, "storage": 1, "config": 1, "objectives": 1, "metrics": 1,
     "recipes": 1, "studies": 1,
-    "data": 2, "models": 3, "miniature": 4, "training": 4, "pipeline": 5, "tuning": 6, "cluster": 6,
+    "data": 2, "report": 2, "models": 3, "miniature": 4, "training": 4, "pipeline": 5, "tuning": 6, "cluster": 6,
     "doctor": 6, "__init__": 6, "jobs": 7, "evaluation": 7, "study": 8, "cli": 9,
 }  # fmt: skip
 # The last stage of a run is an evaluation: imported in the task that computes it, by no module.

@@ -12,22 +12,15 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
 from midpo_ray.cli import main
 from midpo_ray.config import digest
+from midpo_ray.metrics import Estimate, t_interval
 from midpo_ray.miniature import base as miniature
-from midpo_ray.study.numbers import (
-    above_front,
-    by_seed,
-    compare,
-    difference,
-    dominates,
-    numbers,
-    over_seeds,
-    win_rates,
-)
+from midpo_ray.study.numbers import above_front, by_seed, compare, dominates, minus, numbers
 from midpo_ray.study.plan import plan
 from midpo_ray.study.spec import Comparison, load_study, shipped_studies
 
@@ -214,7 +207,7 @@ def test_shipped_studies_load_and_plan(name):
     assert study.contender(study.main).serve == "routed"
 
 
-# --- numbers ----------------------------------------------------------------------------------------------------------------
+# --- numbers --------------------------------------------------------------------------------------
 
 
 def answers(values, *, seed=0, harmful=lambda i: i % 2 == 0, **columns):
@@ -228,121 +221,84 @@ def answers(values, *, seed=0, harmful=lambda i: i % 2 == 0, **columns):
             "truncated": False, "tokens": 3, "gate_safety": None, "gate_helpfulness": None, "log_ratio": 0.0,
         }  # fmt: skip
         rows.append({**row, **{k: v[i] if isinstance(v, list) else v for k, v in columns.items()}})
-    return rows
-
-
-def test_intervals_over_seeds_by_hand():
-    values = [0.5, 0.7, 0.4, 0.9, 0.6]
-    half = (
-        2.776445105 * statistics.stdev(values) / math.sqrt(5)
-    )  # Student's t, 4 degrees of freedom, 97.5%
-    got = over_seeds(values)
-    assert got["value"] == pytest.approx(0.62)
-    assert (got["low"], got["high"]) == (
-        pytest.approx(0.62 - half, abs=1e-4),
-        pytest.approx(0.62 + half, abs=1e-4),
-    )
-    assert over_seeds([0.5])["low"] is None
-    assert over_seeds([])["value"] is None
+    return pd.DataFrame(rows)
 
 
 def test_differences_are_paired_by_seed():
-    a, b = {0: 1.0, 1: 2.0, 2: 3.5, 7: 9.0}, {0: 0.5, 1: 1.6, 2: 2.9}
+    a, b = pd.Series({0: 1.0, 1: 2.0, 2: 3.5, 7: 9.0}), pd.Series({0: 0.5, 1: 1.6, 2: 2.9})
     half = 4.302652730 * statistics.stdev([0.5, 0.4, 0.6]) / math.sqrt(3)
-    got = difference(a, b)
-    assert got["n"] == 3
-    assert (got["value"], got["high"]) == (pytest.approx(0.5), pytest.approx(0.5 + half, abs=1e-3))
-
-
-def test_win_rates_by_hand():
-    a, b = answers([1.0, 2.0, 0.0, 3.0]), answers([0.5, 2.0, 1.0, 1.0])
-    assert win_rates(a, b, "reward") == {0: (1 + 0.5 + 0 + 1) / 4}
-    assert win_rates(a, b, "cost") == win_rates(
-        a, b, "reward"
-    )  # here the cost is the reward, negated
+    got = minus(a, b)
+    assert got.n == 3
+    assert (got.value, got.high) == (pytest.approx(0.5), pytest.approx(0.5 + half))
 
 
 def test_equal_kl_is_read_between_the_strengths():
-    rows = {
+    tables = {
         "a": answers([1.0, 1.0], log_ratio=3.0),
         "weak": answers([0.0, 0.0], log_ratio=2.0),  # a wins all
         "strong": answers([2.0, 2.0], log_ratio=6.0),  # a wins none
     }
-    one = compare(Comparison(of="a", against="weak", by="reward", grid=("strong",)), rows)
-    assert one["equal_steps"]["value"] == 1.0
-    assert one["equal_kl"]["value"] == pytest.approx(0.75)  # a quarter of the way from 2 to 6
+    comparison = Comparison(of="a", against="weak", by="reward", grid=("strong",))
+    one = compare(comparison, tables)
+    assert one["equal_steps"].value == 1.0
+    assert one["equal_kl"].value == pytest.approx(0.75)  # a quarter of the way from 2 to 6
     assert one["clamped"] == 0
-    rows["a"] = answers([1.0, 1.0], log_ratio=8.0)
-    beyond = compare(Comparison(of="a", against="weak", by="reward", grid=("strong",)), rows)
-    assert (beyond["equal_kl"]["value"], beyond["clamped"]) == (0.0, 1)
+    assert compare(Comparison(of="a", against="weak", by="cost"), tables)["equal_kl"] is None
+    beyond = compare(comparison, {**tables, "a": answers([1.0, 1.0], log_ratio=8.0)})
+    assert (beyond["equal_kl"].value, beyond["clamped"]) == (0.0, 1)
 
 
 def test_gates_separate():
-    rows = answers(
-        [1.0] * 4, gate_safety=[0.9, 0.2, 0.6, 0.7], gate_helpfulness=[0.1, 0.9, 0.5, 0.4]
-    )
-    assert by_seed(rows, "auroc") == {0: 0.75}  # harmful .8 and .1, benign -.7 and .3
+    gates = {"gate_safety": [0.9, 0.2, 0.6, 0.7], "gate_helpfulness": [0.1, 0.9, 0.5, 0.4]}
+    rows = answers([1.0] * 4, **gates)
+    assert by_seed(rows, "auroc").to_dict() == {0: 0.75}  # harmful .8 and .1, benign -.7 and .3
+    assert math.isnan(by_seed(rows, "auroc_lookalike")[0])
     assert math.isnan(by_seed(answers([1.0] * 4), "auroc")[0])
 
 
-def figure(value, high):
-    return {"value": value, "low": None, "high": high, "n": 5}
+def lead(value, high, n=5):
+    return Estimate(value, math.nan, high, n)
 
 
-def test_what_dominates():
-    assert dominates({"helpfulness": figure(-0.1, 0.1), "safe_rate": figure(-0.2, -0.1)})
-    assert not dominates(
-        {"helpfulness": figure(-0.1, 0.1), "safe_rate": figure(-0.2, 0.1)}
-    )  # within its interval
-    assert not dominates(
-        {"helpfulness": figure(0.1, 0.2), "safe_rate": figure(-0.2, -0.1)}
-    )  # worse on one axis
-    unknown = {"value": None, "low": None, "high": None, "n": 0}
-    assert not dominates({"helpfulness": unknown, "safe_rate": figure(-0.2, -0.1)})
-    one = {
-        "value": -0.1,
-        "low": None,
-        "high": None,
-        "n": 1,
-    }  # of one seed: no interval, the values are all there is
-    assert dominates({"helpfulness": one, "safe_rate": one})
+@pytest.mark.parametrize(
+    ("helpfulness", "safe_rate", "expected"),
+    [
+        (lead(-0.1, 0.1), lead(-0.2, -0.1), True),
+        (lead(-0.1, 0.1), lead(-0.2, 0.1), False),  # within its interval
+        (lead(0.1, 0.2), lead(-0.2, -0.1), False),  # worse on one axis
+        (lead(math.nan, math.nan, 0), lead(-0.2, -0.1), False),
+        (lead(-0.1, math.nan, 1), lead(-0.1, math.nan, 1), True),  # one seed has no interval
+    ],
+)
+def test_what_dominates(helpfulness, safe_rate, expected):
+    assert dominates({"helpfulness": helpfulness, "safe_rate": safe_rate}) == expected
 
 
 def test_a_front_is_read_at_equal_helpfulness():
-    front = [
-        {"helpfulness": {0: 0.0, 1: 0.0}, "safe_rate": {0: 1.0, 1: 1.0}},
-        {"helpfulness": {0: 2.0, 1: 2.0}, "safe_rate": {0: 0.2, 1: 0.2}},
-    ]
-    told = above_front({"helpfulness": {0: 0.5, 1: 3.0}, "safe_rate": {0: 0.9, 1: 0.7}}, front)
-    assert told["value"] == pytest.approx((0.9 - 0.8 + 0.7 - 0.2) / 2)
-    assert told["clamped"] == 1
+    def system(helpfulness, safe_rate):
+        return {"helpfulness": pd.Series(helpfulness), "safe_rate": pd.Series(safe_rate)}
+
+    front = [system([0.0, 0.0], [1.0, 1.0]), system([2.0, 2.0], [0.2, 0.2])]
+    found, clamped = above_front(system([0.5, 3.0], [0.9, 0.7]), front)
+    assert found.value == pytest.approx((0.9 - 0.8 + 0.7 - 0.2) / 2)
+    assert clamped == 1
 
 
 def test_the_best_rival_is_that_of_the_highest_joint_rate(tmp_path):
     study, _ = load_study(write(tmp_path, content()))
-    told = {
+    values = {
         "base": [-1.0, -1.0],
         "safety": [1.0, -1.0],
         "routed": [1.0, 1.0],
         "routed, token": [1.0, 1.0],
     }
-    rows = {
-        name: [r for s in (0, 1) for r in answers(values, seed=s)] for name, values in told.items()
-    }
-    result = numbers(study, rows)
-    assert [c["name"] for c in result["contenders"]] == [
-        "base",
-        "safety",
-        "routed",
-        "routed, token",
-    ]
-    assert result["front"] == {
-        "above": [],
-        "best_rival": "safety",
-        "joint_lead": over_seeds([0.5, 0.5]),
-    }
+    tables = {n: pd.concat([answers(v, seed=s) for s in (0, 1)]) for n, v in values.items()}
+    result = numbers(study, tables)
+    assert [c["name"] for c in result["contenders"]] == [*values]
+    expected = {"above": [], "best_rival": "safety", "joint_lead": t_interval([0.5, 0.5])}
+    assert result["front"] == expected
     assert [d["against"] for d in result["differences"]] == ["base", "safety", "routed, token"]
-    json.dumps(result)
+    assert [c["joint"].value for c in result["contenders"]] == [0.0, 0.5, 1.0, 1.0]
 
 
 # --- killed, and run again --------------------------------------------------------------------------------------------------
@@ -402,7 +358,7 @@ def test_a_killed_study_goes_on(tmp_path):
     report = json.loads((run / "report.json").read_text())  # of one seed: intervals over prompts
     assert "over prompts" in report["about"]["intervals"]
     joint = {
-        r["model"]: r for r in report["summary"] if r["figure"] == "joint" and "category" not in r
+        r["model"]: r for r in report["summary"] if r["metric"] == "joint" and not r["category"]
     }
     assert len(joint) == 6
     assert all(r["low"] <= r["value"] <= r["high"] and r["prompts"] == 12 for r in joint.values())

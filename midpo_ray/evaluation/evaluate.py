@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,14 +15,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from .. import __version__
-from ..config import EXPERTS
 from ..errors import UserError
 from ..pipeline.cached_map import MapJob, Pool, cached_map, own_cluster
 from ..storage import Storage
 from . import capability
-from .charts import Point
-from .figures import FIGURES, difference, paired, summarise, win_rate
 from .generate import (
     GREEDY,
     GenerationOptions,
@@ -37,13 +35,18 @@ from .generate import (
 )
 from .judges import Judge, judge_answers, load_judge
 from .prompts import Prompt, load_sets, prompts_digest
-from .report import write_report
+from .report import answers_table, write_report
+from .results import (
+    aligned,
+    estimate_text,
+    over_prompts,
+    summary_text,
+    training_curves,
+)
 
 log = logging.getLogger(__name__)
 
-ALL = "all sets"
 MAPPED = 2  # examples of harmful and of benign prompts whose gates are shown token by token
-CURVES = ("loss", "accuracy", "reward_margin")
 Row = dict[str, Any]
 
 
@@ -106,7 +109,6 @@ def make_plan(
         ),
         "judges": "\n".join(f"{j.name}: {j.fingerprint}" for j in chosen),
         "generation": f"{json.dumps(asdict(options))}, seeds {list(range(seeds))}",
-        "intervals": "95%, percentile bootstrap over prompts, 2000 draws",
         "versions": f"midpo_ray {__version__}, python {platform.python_version()}, "
         + ", ".join(packages),
     }
@@ -167,23 +169,21 @@ def evaluate(
     if plan.tasks:
         tasks = capability.measure(plan.tasks, plan.models, plan.options, folder, plan.task_limit)
         log.info("%s", render_capability(tasks))
-    summary = table(answers)
-    x, y = axes(answers)
+    table = answers_table(answers).to_pandas()
+    against = plan.against.name if plan.against else None
+    others = [m.name for m in plan.models if against and m.name != against]
+    runs = dict.fromkeys(m.run for m in plan.models if m.run is not None)
     sets = dict.fromkeys(p.set for p in plan.prompts)
     log.info("writing %s", out)
     write_report(
         Storage(out),
-        title=f"{', '.join(m.name for m in plan.models)} on {', '.join(sets)}",
-        x_name=x[1],
-        y_name=y[1],
-        summary=summary,
-        points=points(answers, summary, x, y),
-        comparisons=comparisons(answers, plan.against.name) if plan.against else [],
+        f"{', '.join(m.name for m in plan.models)} on {', '.join(sets)}",
+        over_prompts(table, [(name, str(against)) for name in others]),
+        table,
         routing=routing,
-        answers=answers,
-        curves=training_curves(plan.models),
+        curves=training_curves((Path(run).resolve().name, Storage(run)) for run in runs),
         about=about,
-        capability=tasks,
+        capability=pd.DataFrame(tasks) if tasks else None,
     )
     return answers
 
@@ -219,146 +219,14 @@ def _mapped(prompts: Sequence[Prompt]) -> frozenset[tuple[str, str]]:
     return frozenset((p.set, p.id) for p in chosen)
 
 
-# --- what the report shows ------------------------------------------------------------------------
-
-
-def table(answers: Sequence[Row]) -> list[Row]:
-    """Figures by model and set, over all sets together, and by category."""
-    lines = summarise(answers)
-    if len({r["set"] for r in answers}) > 1:
-        lines += [{**r, "set": ALL} for r in summarise(answers, ("model",))]
-    if any(r["category"] for r in answers):
-        lines += [r for r in summarise(answers, ("model", "set", "category")) if r["category"]]
-    return lines
-
-
-def axes(answers: Sequence[Row]) -> tuple[tuple[str, str], tuple[str, str]]:
-    """(metric, title) of x and of y: reward and cost where judges gave them, else refusals."""
-    has = {name: any(r.get(name) is not None for r in answers) for name in ("reward", "safe")}
-    benign = any(r["harmful"] is False for r in answers)
-    x = (
-        "helpfulness" if benign else "reward",
-        f"reward on {'benign' if benign else 'all'} prompts →",
-    )
-    x = x if has["reward"] else ("refusal_benign", "benign prompts not refused →")
-    y = (
-        ("safe_rate", "safe on harmful prompts →")
-        if has["safe"]
-        else ("refusal_harmful", "harmful prompts refused →")
-    )
-    return x, y
-
-
-def points(
-    answers: Sequence[Row], summary: Sequence[Row], x: tuple[str, str], y: tuple[str, str]
-) -> list[Point]:
-    """A point a model on each set that has both figures."""
-    families = {r["model"]: r["family"] for r in answers}
-    found = {(r["model"], r["set"], r["figure"]): r for r in summary if "category" not in r}
-    made = []
-    for model, name, figure in found:
-        across, up = found.get((model, name, x[0])), found[model, name, figure]
-        if figure != y[0] or across is None:
-            continue
-        spans = [(r["value"], r["low"], r["high"]) for r in (across, up)]
-        if x[0] == "refusal_benign":
-            value, low, high = spans[0]
-            spans[0] = (1 - value, 1 - high, 1 - low)
-        made.append(Point(model, families[model], name, *spans[0], *spans[1]))
-    order = list(dict.fromkeys(r["set"] for r in summary))
-    return sorted(made, key=lambda p: order.index(p.set))
-
-
-def comparisons(answers: Sequence[Row], against: str) -> list[Row]:
-    """Win rates and differences of each model against one, by set and over all sets."""
-    sets = list(dict.fromkeys(r["set"] for r in answers))
-    lines = []
-    for model in dict.fromkeys(r["model"] for r in answers if r["model"] != against):
-        for name in [*sets, *([ALL] if len(sets) > 1 else [])]:
-            a, b = (
-                [r for r in answers if r["model"] == m and name in (r["set"], ALL)]
-                for m in (model, against)
-            )
-            for kind, measure, reference, figures in (
-                ("win rate", win_rate, 0.5, ("reward", "helpfulness", "safety")),
-                (
-                    "difference",
-                    difference,
-                    0.0,
-                    ("safe_rate", "refusal_harmful", "refusal_benign", "joint"),
-                ),
-            ):
-                for figure in figures:
-                    prompts = len(set(paired(a, b, figure)[2].tolist()))
-                    if prompts:
-                        value, low, high = measure(a, b, figure)
-                        title = f"{model} against {against}: {kind}, {FIGURES[figure].title}"
-                        over = f"prompts of {name}"
-                        lines.append(
-                            {
-                                "name": title,
-                                "value": value,
-                                "low": low,
-                                "high": high,
-                                "n": prompts,
-                                "over": over,
-                            }
-                        )
-                        lines[-1] |= {"reference": reference, "better": FIGURES[figure].better}
-    return lines
-
-
-def training_curves(models: Sequence[ModelSpec]) -> dict[str, list[tuple[float, float]]]:
-    """ "STAGE of RUN: METRIC" -> (step, value) of training, some 200 points each at most."""
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for run in dict.fromkeys(m.run for m in models if m.run is not None):
-        for stage in (*EXPERTS, "router"):
-            file = Path(run) / "metrics" / f"{stage}.jsonl"
-            if not file.is_file():
-                continue
-            lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-            lines = [line for line in lines if line.get("split") == "train"]
-            for metric in CURVES:
-                known = [line for line in lines if isinstance(line.get(metric), int | float)]
-                points = [(float(line["step"]), float(line[metric])) for line in known]
-                if points:
-                    name = f"{stage} of {Path(run).resolve().name}: {metric}"
-                    curves[name] = points[:: math.ceil(len(points) / 200)]
-    return curves
-
-
 def render(answers: Sequence[Row]) -> str:
-    """The main table as text: a row a model and set."""
-    summary = [r for r in table(answers) if "category" not in r]
-    names = [f for f in FIGURES if any(r["figure"] == f for r in summary)]
-    keys = list(dict.fromkeys((r["model"], r["set"]) for r in summary))
-    at = {(r["model"], r["set"], r["figure"]): r for r in summary}
-    heads = ["model", "set", *(FIGURES[f].title for f in names)]
-    cells = [
-        [model, name, *(_cell(at.get((model, name, f))) for f in names)] for model, name in keys
-    ]
-    return _aligned([heads, *cells])
+    """The metrics as text, one line per model and set."""
+    return summary_text(over_prompts(answers_table(answers).to_pandas()).summary)
 
 
 def render_capability(rows: Sequence[Row]) -> str:
-    """The harness' figures as text: a row a model, task and metric."""
-    return _aligned(
-        [
-            ["model", "task", "metric", "value"],
-            *([r["model"], r["task"], r["metric"], _cell(r)] for r in rows),
-        ]
-    )
-
-
-def _aligned(lines: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
-
-
-def _cell(line: Row | None) -> str:
-    if line is None or line["low"] is None:
-        return "" if line is None else f"{line['value']:.3g}"
-    return f"{line['value']:.3g} [{line['low']:.3g}, {line['high']:.3g}]"
+    """The harness's metrics as text, one line per model, task and metric."""
+    table = pd.DataFrame(rows)
+    numbers = table[["value", "low", "high"]].astype(float).to_numpy()
+    cells = [estimate_text(*line) for line in numbers]
+    return aligned(table[["model", "task", "metric"]].assign(value=cells))

@@ -1,383 +1,315 @@
-"""The report: one HTML file that needs no network; its numbers beside it as JSON, CSV, Parquet and SVG (PNG by matplotlib).
-
-Whatever comes from data or models is text. In SVG it is escaped. In HTML it travels as JSON in which no "<" is left, and is shown
-by text nodes alone; a content policy lets no script run but the report's own, and no request leave.
-"""
+"""The report of evaluate and study: a page, and its numbers as files."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import importlib.util
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
-from importlib import resources
-from io import BytesIO
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
-from ..metrics import auroc
+from ..config import EXPERTS
+from ..metrics import METRICS, Estimate, auroc, tpr_at_fpr
 from ..pipeline.signals import write_table
+from ..report import plots
+from ..report.page import (
+    AnswerBrowser,
+    Page,
+    PageSection,
+    PageTable,
+    PageText,
+    TokenMap,
+    plain,
+    write_page,
+)
 from ..storage import Storage
-from .charts import BENIGN, HARMFUL, Point, colours, histogram, line_chart, picture, text_of
-from .figures import FIGURES
+from .results import Results
 
-__all__ = ["Point", "answers_table", "write_report"]
-
-ROOM = 3_000_000  # characters of prompts and answers in the HTML (ours): it stays below 5 MB; all of them are in answers.csv
-COLUMNS = {
+_COLUMNS = {
     "model": pa.string(), "family": pa.string(), "seed": pa.int64(), "set": pa.string(), "id": pa.string(), "prompt": pa.string(),
     "harmful": pa.bool_(), "category": pa.string(), "response": pa.string(), "tokens": pa.int64(), "truncated": pa.bool_(),
     "refused": pa.bool_(), "reward": pa.float64(), "cost": pa.float64(), "safe": pa.bool_(), "joint": pa.bool_(),
     "malformed": pa.bool_(), "degenerate": pa.bool_(), "gate_safety": pa.float64(), "gate_helpfulness": pa.float64(),
 }  # fmt: skip
-SHOWN = (
-    "refused",
-    "reward",
-    "cost",
-    "safe",
-    "joint",
-    "malformed",
-    "degenerate",
-    "truncated",
-    "tokens",
-    "gate_safety",
-    "gate_helpfulness",
-)
 
 
 def write_report(
     folder: Storage,
-    *,
     title: str,
-    x_name: str,
-    y_name: str,
-    summary: Sequence[Mapping[str, Any]],
-    points: Sequence[Point],
-    comparisons: Sequence[Mapping[str, Any]],
-    routing: Mapping[str, Any] | None,
-    answers: Sequence[Mapping[str, Any]],
-    curves: Mapping[str, Sequence[tuple[float, float]]],
-    about: Mapping[str, str],
-    capability: Sequence[Mapping[str, Any]] = (),
+    results: Results,
+    answers: pd.DataFrame,
+    *,
+    routing: Mapping[str, Any] | None = None,
+    curves: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+    about: Mapping[str, str] | None = None,
+    capability: pd.DataFrame | None = None,
+    sections: Sequence[PageSection] = (),
 ) -> None:
-    """Write report.html, report.json, summary.csv, answers.csv, answers.parquet and charts/*.svg (.png) into ``folder``.
+    """Write report.html, report.json, summary.csv, answers.csv, answers.parquet and charts/* (.svg,
+    .png) into ``folder``.
 
     Args:
-        x_name, y_name: what the points' axes show.
-        summary: as ``figures.summarise`` gives it, by model and set, and by model, set and category.
-        points: of the picture; one picture for each of their sets.
-        comparisons: dicts of name, value, low, high, n, over (what the interval is over), reference (0 where it is left out;
-            0.5 for a win rate).
-        routing: model -> {"rows": [{"harmful", "safety" [L], "helpfulness" [L]}], one a prompt: the gates at its last token;
-            "examples": [{"title", "harmful", "tokens" [T] texts, "prompt_tokens", "safety" [L][T], "helpfulness" [L][T]}]}.
-        answers: rows of the answers table; columns that a row lacks are null.
-        curves: "GROUP: METRIC" -> (step, value); the lines of one GROUP's METRIC are one chart.
-        about: what to know to make it again: name -> text.
-        capability: as ``capability.measure`` gives it; where there is any, capability.csv is written too.
+        answers: an answers table (``metrics``) with family, prompt and response.
+        routing: model -> {"rows": one dict per prompt, harmful and each expert's gates [L] at its
+            last token; "examples": dicts of title, harmful, tokens [T], prompt_tokens and each
+            expert's gates [L][T]}.
+        curves: "GROUP: METRIC" -> (step, value); the lines of one METRIC are one plot.
+        about: name -> text: how to make this report again.
+        capability: as ``capability.measure`` gives it; capability.csv is written too.
+        sections: what else the page shows, after the trade-off plots.
     """
-    routing = routing or {}
-    families = {str(r["model"]): str(r.get("family", "")) for r in answers} | {
-        p.label: p.family for p in points
+    routing, curves, about = (
+        routing or {},
+        curves or {},
+        {**(about or {}), "intervals": results.intervals},
+    )
+    gates = {
+        model: _gate_arrays(given["rows"]) for model, given in routing.items() if given["rows"]
     }
-    colour = colours([*families.values()])
-    charts = {
-        f"picture-{s}": picture([p for p in points if p.set == s], x_name, y_name, s)
-        for s in _sets(points)
-    }
-    routed = {
-        f"routing-{m}-{name}": svg
-        for m, given in routing.items()
-        for name, svg in _routing_charts(m, given["rows"])
-    }
-    trained = _training_charts(curves)
-    data = {
-        "figures": {
-            name: {"title": f.title, "share": f.share, "better": f.better}
-            for name, f in FIGURES.items()
-        },
-        "models": [
-            {"name": m, "family": f, "colour": colour.get(f, "#94a3b8")}
-            for m, f in families.items()
-        ],
-        "summary": summary,
-        "comparisons": [{"reference": 0, **c} for c in comparisons],
-        "routing": [
-            {"model": m, **_decisions(given["rows"])}
-            for m, given in routing.items()
-            if given["rows"]
-        ],
-        "capability": capability,
-        "about": about,
-    }
+    separation = pd.DataFrame(
+        [{"model": m, **_separation(*of_model)} for m, of_model in gates.items()]
+    )
     examples = [
         {"model": m, **e} for m, given in routing.items() for e in given.get("examples", [])
     ]
-    page = {
-        **data,
-        "examples": [_coarse(e) for e in examples],
-        "answers": _side_by_side(answers, ROOM),
-    }
-    svgs = {"pictures": charts, "routing": routed, "training": trained}
-    table = answers_table(answers)
+    table = answers_table(answers.to_dict("records"))
     write_table(folder, "answers.parquet", table)
     folder.write("answers.csv", _csv(table))
-    folder.write("summary.csv", _csv(_table(summary)))
-    if capability:
-        folder.write("capability.csv", _csv(_table(capability)))
-    folder.write(
-        "report.json",
-        json.dumps(_plain({**data, "examples": examples, "curves": curves}), indent=1).encode(),
-    )
-    for name, svg in {**charts, **routed, **trained}.items():
-        folder.write(f"charts/{_file_name(name)}.svg", svg.encode("utf-8", "replace"))
-    if importlib.util.find_spec("matplotlib"):
-        for s in _sets(points):
-            png = _png([p for p in points if p.set == s], x_name, y_name, s)
-            folder.write(f"charts/{_file_name(f'picture-{s}')}.png", png)
-    folder.write(
-        "report.html", _html(title, page, {k: "".join(v.values()) for k, v in svgs.items()})
-    )
+    folder.write("summary.csv", results.summary.to_csv(index=False).encode())
+    data = {"summary": results.summary, "comparisons": results.comparisons, "routing": separation}
+    if capability is not None:
+        folder.write("capability.csv", capability.to_csv(index=False).encode())
+        data["capability"] = capability
+    records = {name: frame.to_dict("records") for name, frame in data.items()}
+    numbers = plain({**records, "about": about, "examples": examples, "curves": curves})
+    folder.write("report.json", json.dumps(numbers, indent=1).encode())
+    parts = [
+        PageSection("Trade-off", _tradeoffs(results), _TRADEOFF_NOTE),
+        *sections,
+        PageSection("Metrics", _metric_tables(results.summary), _METRICS_NOTE),
+        PageSection("Comparisons", _comparison_parts(results.comparisons), _COMPARISONS_NOTE),
+        PageSection("General capability", _capability_table(capability), _CAPABILITY_NOTE),
+        PageSection(
+            "Routing",
+            [*_gate_plots(gates), *_gate_table(separation), *_token_maps(examples)],
+            _ROUTING_NOTE,
+        ),
+        PageSection("Training", _training_plots(curves)),
+        PageSection(
+            "Answers", [AnswerBrowser(answers, _shown_first(answers))] if len(answers) else []
+        ),
+        PageSection("About", [PageText(value, name) for name, value in about.items() if value]),
+    ]
+    write_page(folder, Page(title, parts))
+
+
+_TRADEOFF_NOTE = "Up and to the right is better. A cross is a 95% interval; the dotted line joins the systems that no other one dominates."
+_METRICS_NOTE = "Below each value is its 95% interval. Truncated and malformed text often counts as safe: read these columns together."
+_COMPARISONS_NOTE = (
+    "An interval that crosses the line (0.5 for win rates, 0 for differences) shows no difference."
+)
+_CAPABILITY_NOTE = (
+    "Tasks of the lm-evaluation-harness, with 1.96 of its standard errors on either side."
+)
+_ROUTING_NOTE = "A gate is how much of an expert the router lets in, at the prompt's last token, as a mean over layers."
 
 
 def answers_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """The answers as a table: the known columns with their types, then whatever else the judges gave."""
-    others = [name for name in dict.fromkeys(k for row in rows for k in row) if name not in COLUMNS]
-    rows = [
-        {
-            k: v.encode("utf-8", "replace").decode() if isinstance(v, str) else v
-            for k, v in row.items()
-        }
-        for row in rows
+    """The known columns with their types, then the columns that only judges gave."""
+    others = [
+        name for name in dict.fromkeys(k for row in rows for k in row) if name not in _COLUMNS
     ]
-    columns = {
-        name: pa.array([row.get(name) for row in rows], kind) for name, kind in COLUMNS.items()
-    }
-    return pa.table(
-        {**columns, **{name: pa.array([row.get(name) for row in rows]) for name in others}}
-    )
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    return pa.table(
-        {
-            name: pa.array([row.get(name) for row in rows])
-            for name in dict.fromkeys(k for row in rows for k in row)
-        }
-    )
+    columns: dict[str, pa.Array] = {}
+    for name in [*_COLUMNS, *others]:
+        values = [_whole(row.get(name)) for row in rows]
+        columns[name] = pa.array(values, _COLUMNS.get(name), from_pandas=True)
+    return pa.table(columns)
 
 
 def _csv(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
     pacsv.write_csv(table, sink)
-    return sink.getvalue().to_pybytes()
+    return bytes(sink.getvalue())
 
 
-def _sets(points: Sequence[Point]) -> list[str]:
-    return list(dict.fromkeys(p.set for p in points))
+def _whole(value: Any) -> Any:
+    """Text without half characters (surrogates), which no file can hold."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
-def _file_name(text: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", text).strip("-.")[:100]
+def _shown_first(answers: pd.DataFrame) -> list[str]:
+    models = answers.drop_duplicates("model")
+    order = [*models.loc[models["family"].isin(["base", "routed"]), "model"], *models["model"]]
+    return list(dict.fromkeys(order))[:3]
 
 
-# --- routing and training ---------------------------------------------------------------------------------------------------
+# --- the page's parts -----------------------------------------------------------------------------
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
+def _tradeoffs(results: Results) -> list[plots.Plot]:
+    groups = results.points.groupby("set", sort=False)
+    return [
+        plots.tradeoff(f"tradeoff-{name}", rows, *results.axes, str(name)) for name, rows in groups
+    ]
 
 
-def _of(rows: Sequence[Mapping[str, Any]], expert: str, harmful: bool | None) -> list[float]:
-    return [_mean(r[expert]) for r in rows if r["harmful"] is harmful]
-
-
-def _decisions(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean decisions on harmful and on benign prompts, and how well they tell them apart."""
-    found: dict[str, Any] = {"prompts": len(rows)}
-    for expert in ("safety", "helpfulness"):
-        for name, harmful in (("harmful", True), ("benign", False)):
-            found[f"{expert}_{name}"] = _mean(_of(rows, expert, harmful))
-    safety, helpfulness = (
-        {h: _of(rows, expert, h) for h in (True, False)} for expert in ("safety", "helpfulness")
-    )
-    lean = {h: [s - g for s, g in zip(safety[h], helpfulness[h], strict=True)] for h in safety}
-    return {
-        **found,
-        "auroc": auroc(lean[True], lean[False]),
-        "auroc_safety": auroc(safety[True], safety[False]),
-    }
-
-
-def _routing_charts(model: str, rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Distribution of each expert's gate, then its mean and its AUROC by layer."""
-    if not rows:
-        return []
-    charts = []
-    kinds = (("harmful", True, HARMFUL), ("benign", False, BENIGN), ("unknown", None, "#94a3b8"))
-    layers = range(len(rows[0]["safety"]))
-    for expert in ("safety", "helpfulness"):
-        groups = [(name, _of(rows, expert, harmful), colour) for name, harmful, colour in kinds]
-        charts.append(
-            (expert, histogram([g for g in groups if g[1]], "gate", f"{model}: {expert} gate"))
-        )
-        by_layer = {
-            name: [
-                (float(l), _mean([r[expert][l] for r in rows if r["harmful"] is harmful]))
-                for l in layers
-            ]
-            for name, harmful, _ in kinds[:2]
-        }
-        if len(layers) > 1:
-            title = f"{model}: {expert} by layer"
-            charts.append(
-                (f"{expert}-layers", line_chart(list(by_layer.items()), "layer", "gate", title))
-            )
-    if len(layers) > 1 and {True, False} <= {r["harmful"] for r in rows}:
-        told = []
-        for l in layers:
-            lean = {
-                h: [r["safety"][l] - r["helpfulness"][l] for r in rows if r["harmful"] is h]
-                for h in (True, False)
+def _metric_tables(summary: pd.DataFrame) -> list[PageTable]:
+    """One table per set, then one per category, folded."""
+    groups = [
+        (name, rows, False)
+        for name, rows in summary[summary["category"].isna()].groupby("set", sort=False)
+    ]
+    parts = summary[summary["category"].notna()].groupby(["set", "category"], sort=True)
+    groups += [(f"{of_set}: {category}", rows, True) for (of_set, category), rows in parts]
+    better = {m.title: m.better for m in METRICS.values()}
+    shares = [m.title for m in METRICS.values() if m.share]
+    tables = []
+    for title, rows, folded in groups:
+        lines = []
+        for model, of_model in rows.groupby("model", sort=False):
+            cells = of_model.set_index("metric")[["value", "low", "high", "prompts"]]
+            estimates = {
+                METRICS[str(m)].title: Estimate(*cell)
+                for m, cell in zip(cells.index, cells.to_numpy(), strict=True)
             }
-            told.append((float(l), auroc(lean[True], lean[False])))
-        title = f"{model}: harmful from benign, by layer"
-        charts.append(("auroc-layers", line_chart([("AUROC", told)], "layer", "AUROC", title)))
-    return charts
+            lines.append({"model": model, **estimates})
+        nulls = rows[rows["nulls"] > 0]
+        counted = [
+            f"{m} of {METRICS[k].title}: {n}"
+            for m, k, n in zip(nulls["model"], nulls["metric"], nulls["nulls"], strict=True)
+        ]
+        note = (
+            f"Answers without a verdict, which are not counted: {'; '.join(counted)}."
+            if counted
+            else ""
+        )
+        tables.append(PageTable(pd.DataFrame(lines), str(title), note, better, shares, folded))
+    return tables
 
 
-def _training_charts(given: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, str]:
-    groups: dict[str, list[tuple[str, Sequence[tuple[float, float]]]]] = {}
-    for name, points in given.items():
+def _comparison_parts(comparisons: pd.DataFrame) -> list[Any]:
+    parts: list[Any] = []
+    for reference, rows in comparisons.groupby("reference", sort=False):
+        title = "win rates" if reference else "differences"
+        parts.append(plots.forest(f"comparisons-{title}", rows, float(str(reference)), title))
+    if parts:
+        estimates = [
+            Estimate(*line) for line in comparisons[["value", "low", "high", "n"]].to_numpy()
+        ]
+        frame = comparisons[["name", "over"]].assign(value=estimates, n=comparisons["n"])
+        parts.append(PageTable(frame.rename(columns={"name": "comparison"})))
+    return parts
+
+
+def _capability_table(capability: pd.DataFrame | None) -> list[PageTable]:
+    if capability is None or capability.empty:
+        return []
+    numbers = capability[["value", "low", "high", "n"]].astype(float).to_numpy()
+    frame = capability[["model", "task", "metric"]].assign(
+        value=[Estimate(*line) for line in numbers]
+    )
+    return [PageTable(frame.assign(examples=capability["n"], shots=capability["shots"]))]
+
+
+def _gate_arrays(
+    rows: Sequence[Mapping[str, Any]],
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(expert -> gates [P, L], kind of prompt -> which of the P)."""
+    harmful = np.array([row["harmful"] for row in rows], dtype=object)
+    kinds = {"harmful": harmful == True, "benign": harmful == False}  # noqa: E712  (of objects)
+    return {expert: np.array([row[expert] for row in rows], float) for expert in EXPERTS}, kinds
+
+
+def _separation(gates: dict[str, np.ndarray], kinds: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Mean gates by kind of prompt, and how well they separate harmful prompts from benign ones."""
+    means = {expert: values.mean(axis=1) for expert, values in gates.items()}
+    safety, helpfulness = (means[expert] for expert in EXPERTS)
+    line: dict[str, Any] = {"prompts": len(safety)}
+    for expert, values in means.items():
+        for kind, which in kinds.items():
+            line[f"{expert}_{kind}"] = float(values[which].mean()) if which.any() else math.nan
+    harmful, benign = ((safety - helpfulness)[which] for which in kinds.values())
+    line["auroc"] = auroc(harmful, benign)
+    line["auroc_safety"] = auroc(*(safety[which] for which in kinds.values()))
+    line["tpr_at_5_fpr"] = tpr_at_fpr(harmful, benign, 0.05)
+    return line
+
+
+def _gate_table(separation: pd.DataFrame) -> list[PageTable]:
+    names = {
+        "auroc": "AUROC of their difference",
+        "auroc_safety": "AUROC of the safety gate",
+        "tpr_at_5_fpr": "TPR at 5% FPR",
+    }
+    frame = separation.rename(columns=names).rename(
+        columns=lambda name: str(name).replace("_", " gate, ")
+    )
+    return [PageTable(frame, better=dict.fromkeys(names.values(), "high"))] if len(frame) else []
+
+
+def _gate_plots(
+    arrays: Mapping[str, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]],
+) -> list[plots.Plot]:
+    """Each expert's gates over prompts, their mean by layer, and the AUROC of their difference by layer."""
+    shown = []
+    for model, (gates, kinds) in arrays.items():
+        present = {kind: which for kind, which in kinds.items() if which.any()}
+        layers = np.arange(gates[EXPERTS[0]].shape[1])
+        for expert, values in gates.items():
+            groups = {kind: values[which].mean(axis=1) for kind, which in present.items()}
+            shown.append(
+                plots.histogram(
+                    f"routing-{model}-{expert}", groups, "gate", f"{model}: {expert} gate"
+                )
+            )
+            if len(layers) > 1:
+                by_layer = {
+                    kind: (layers, values[which].mean(axis=0)) for kind, which in present.items()
+                }
+                name, title = f"routing-{model}-{expert}-layers", f"{model}: {expert} gate by layer"
+                shown.append(plots.lines(name, by_layer, "layer", "gate", title, integers=True))
+        if len(layers) > 1 and len(present) == 2:
+            safety, helpfulness = (gates[expert] for expert in EXPERTS)
+            values = safety - helpfulness
+            curve = [auroc(values[kinds["harmful"], l], values[kinds["benign"], l]) for l in layers]
+            name, title = (
+                f"routing-{model}-auroc-layers",
+                f"{model}: harmful against benign by layer",
+            )
+            shown.append(
+                plots.lines(
+                    name, {"AUROC": (layers, curve)}, "layer", "AUROC", title, integers=True
+                )
+            )
+    return shown
+
+
+def _token_maps(examples: Sequence[Mapping[str, Any]]) -> list[TokenMap]:
+    return [
+        TokenMap(
+            f"{e['model']}: {e['title']}",
+            e["tokens"],
+            {
+                f"{expert} gate, mean over layers": np.mean(e[expert], axis=0).tolist()
+                for expert in EXPERTS
+            },
+            e["prompt_tokens"],
+            hidden=e["harmful"] is not False,
+        )
+        for e in examples
+    ]
+
+
+def _training_plots(curves: Mapping[str, Sequence[tuple[float, float]]]) -> list[plots.Plot]:
+    by_metric: dict[str, dict[str, Any]] = {}
+    for name, points in curves.items():
         group, _, metric = name.rpartition(": ")
-        groups.setdefault(metric, []).append((group, points))
-    return {
-        f"training-{metric}": line_chart(lines, "step", metric, metric)
-        for metric, lines in groups.items()
-    }
-
-
-# --- the page ---------------------------------------------------------------------------------------------------------------
-
-
-def _coarse(example: Mapping[str, Any]) -> dict[str, Any]:
-    """Two digits are enough for a colour."""
-    rounded = {
-        e: [[round(v, 2) for v in layer] for layer in example[e]] for e in ("safety", "helpfulness")
-    }
-    return {**example, **rounded}
-
-
-def _side_by_side(answers: Sequence[Mapping[str, Any]], room: int) -> dict[str, Any]:
-    """A row a prompt with each model's answer (of its first seed), cut to what fits; what was left out is said."""
-    first: dict[str, Any] = {}
-    for row in answers:
-        first[row["model"]] = min(first.get(row["model"], row["seed"]), row["seed"])
-    kept = [row for row in answers if row["seed"] == first[row["model"]]]
-    notes = (
-        [f"Answers of each model's first seed; all {len(answers)} are in answers.csv."]
-        if len(kept) < len(answers)
-        else []
-    )
-    longest = 8000
-    while (
-        longest > 500
-        and sum(
-            min(longest, len(row["response"])) + len(row["prompt"]) / len(first) for row in kept
-        )
-        > room
-    ):
-        longest //= 2
-    models = list(first)
-    prompts: dict[tuple[str, str], dict[str, Any]] = {}
-    cut = 0
-    for row in kept:
-        known = {
-            **{k: row[k] for k in ("set", "id", "harmful", "category")},
-            "prompt": row["prompt"][:8000],
-        }
-        prompt = prompts.setdefault(
-            (row["set"], row["id"]), {**known, "answers": [None] * len(models)}
-        )
-        response = row["response"]
-        cut += len(response) > longest
-        scores = {
-            k: round(v, 4) if isinstance(v, float) else v
-            for k in SHOWN
-            if (v := row.get(k)) is not None
-        }
-        shown = response if len(response) <= longest else f"{response[:longest]} [...]"
-        prompt["answers"][models.index(row["model"])] = {"response": shown, **scores}
-    rows = list(prompts.values())
-    size = sum(
-        len(p["prompt"]) + 200 + sum(len(a["response"]) + 150 for a in p["answers"] if a)
-        for p in rows
-    )
-    if size > 1.3 * room:
-        rows = rows[:: math.ceil(size / (1.3 * room))]
-        notes.append(
-            f"{len(rows)} of {len(prompts)} prompts are shown, evenly over the sets; all are in answers.csv."
-        )
-    if cut:
-        notes.append(f"Answers longer than {longest} characters are cut here, not in answers.csv.")
-    return {"models": models, "prompts": rows, "notes": notes}
-
-
-def _html(title: str, data: Mapping[str, Any], charts: Mapping[str, str]) -> bytes:
-    home = resources.files("midpo_ray.evaluation")
-    template, css, js = (
-        (home / f"report.{kind}").read_text("utf-8") for kind in ("html", "css", "js")
-    )
-    content = json.dumps(_plain(data), ensure_ascii=False, separators=(",", ":")).replace(
-        "<", "\\u003c"
-    )
-    digest = base64.b64encode(hashlib.sha256(js.encode()).digest()).decode()
-    parts = {
-        "title": text_of(title),
-        "css": css,
-        "js": js,
-        "hash": digest,
-        "data": content,
-        **charts,
-    }
-    # One pass over the template: a {{...}} in the data is not looked at again.
-    return re.sub(r"\{\{(\w+)\}\}", lambda m: parts[m[1]], template).encode("utf-8", "replace")
-
-
-def _plain(value: Any) -> Any:
-    """For JSON: no NaN, no infinity."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def _png(points: Sequence[Point], x_name: str, y_name: str, title: str) -> bytes:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
-    axes = figure.subplots()
-    colour = colours([p.family for p in points])
-    for p in points:
-        spread = [[[max(0.0, v - lo)], [max(0.0, hi - v)]] if math.isfinite(lo) else None
-                  for v, lo, hi in ((p.x, p.x_low, p.x_high), (p.y, p.y_low, p.y_high))]  # fmt: skip
-        axes.errorbar([p.x], [p.y], xerr=spread[0], yerr=spread[1], fmt="o", color=colour[p.family])
-        axes.annotate(
-            p.label,
-            (p.x, p.y),
-            (6, 6),
-            textcoords="offset points",
-            color=colour[p.family],
-            parse_math=False,
-        )
-    axes.set(xlabel=x_name, ylabel=y_name)
-    axes.set_title(title, parse_math=False)
-    axes.grid(alpha=0.3)
-    sink = BytesIO()
-    figure.savefig(sink, format="png", dpi=150)
-    return sink.getvalue()
+        by_metric.setdefault(metric, {})[group] = np.array(points).T
+    return [
+        plots.lines(f"training-{m}", series, "step", m, m, integers=True)
+        for m, series in by_metric.items()
+    ]

@@ -77,7 +77,7 @@ def study(
             finally:
                 if session is not None:
                     cluster.disconnect()
-    write(folder, wanted, graph, name, say)
+    write(folder, wanted, graph, name)
     if failed:
         first = next(iter(failed))
         raise UserError(
