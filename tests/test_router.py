@@ -51,7 +51,7 @@ def run_dir(tmp_path_factory, tiny_llama, byte_tokenizer) -> Path:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("scope", ["last", "token"])
+@pytest.mark.parametrize("scope", ["last", "token", "prompt"])
 def test_forced_gates_are_plain_peft(tmp_path, family, scope):
     with torch.random.fork_rng():
         torch.manual_seed(3)
@@ -113,7 +113,7 @@ def test_gates_start_at_a_half_and_learn(run_dir, kind):
 
 
 @pytest.mark.parametrize("kind", ["linear", "bottleneck", "mlp"])
-@pytest.mark.parametrize("scope", ["last", "token"])
+@pytest.mark.parametrize("scope", ["last", "token", "prompt"])
 def test_folded_equals_unfolded(run_dir, kind, scope):
     routed, ids = routed_of(run_dir, gate=kind, scope=scope), tokens(2, 11)
     with torch.no_grad():
@@ -198,7 +198,7 @@ def test_gates_travel_with_the_cache(run_dir):
             routed(tokens(2, 1), **{CACHE: one})
 
 
-@pytest.mark.parametrize("scope", ["last", "token"])
+@pytest.mark.parametrize("scope", ["last", "token", "prompt"])
 @pytest.mark.parametrize(
     "options", [{}, {"num_beams": 3}, {"use_cache": False}, {"prompt_lookup_num_tokens": 2}]
 )
@@ -413,7 +413,7 @@ def test_gate_gradient_is_the_finite_difference(scope):
     assert torch.autograd.gradcheck(value, (weight.requires_grad_(),), eps=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("scope", ["last", "token"])
+@pytest.mark.parametrize("scope", ["last", "token", "prompt"])
 def test_routing_reads_the_last_prompt_token(run_dir, byte_tokenizer, scope):
     routed = routed_of(run_dir, byte_tokenizer, scope=scope)
     prompts = ["hi", [{"role": "user", "content": "what is a fox?"}], (("user", "no"),)]
@@ -424,7 +424,7 @@ def test_routing_reads_the_last_prompt_token(run_dir, byte_tokenizer, scope):
             float(row["safety"][:, row["prompt_tokens"] - 1].mean()), abs=1e-6
         )
         assert row["helpfulness"].shape == (2, len(row["tokens"]))
-        assert (row["safety"].std(-1).max() < 1e-6) == (scope == "last")
+        assert (row["safety"].std(-1).max() < 1e-6) == (scope != "token")
     with routed.force_gates(0.25, 0.75):
         assert routed.routing(["hi"]) == [{"safety": 0.25, "helpfulness": 0.75}]
 
@@ -439,6 +439,91 @@ def test_is_usable_as_a_causal_lm(run_dir):
         routed.routing(["hi"])
 
 
+def prompt_router(run_dir, **keys):
+    return routed_of(run_dir, scope="prompt", temperature=2.0, **keys)
+
+
+@pytest.mark.parametrize("decision", ["soft", "hard"])
+@pytest.mark.parametrize("gate", ["linear", "mlp"])
+def test_scope_prompt_by_hand(run_dir, decision, gate):
+    """One decision from the plain base model's features, then the pass with constant gates."""
+    routed, ids = prompt_router(run_dir, gate=gate, decision=decision), tokens(3, 9)
+    base = AutoModelForCausalLM.from_pretrained(run_dir / "base").eval()
+    features = {}
+    for path in routed.layers:
+        hook = partial(lambda path, module, args, out: features.update({path: args[0]}), path)
+        base.get_submodule(path).register_forward_hook(hook)
+    lengths = [4, 9, 6]
+    with torch.no_grad():
+        base(input_ids=ids)
+        got = routed(input_ids=ids, prompt_lengths=lengths).logits
+        for row, length in enumerate(lengths):
+            logits = torch.stack(
+                [
+                    layer.gate(features[path][row, length - 1])
+                    for path, layer in routed.layers.items()
+                ]
+            )
+            gates = torch.sigmoid(2.0 * logits.mean(0))
+            if decision == "hard":
+                gates = (gates == gates.max()).float()
+            with routed.force_gates(*gates.tolist()):
+                expected = routed(input_ids=ids[row : row + 1]).logits[0]
+            torch.testing.assert_close(got[row], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_scope_prompt_decodes_as_it_trains(run_dir, side):
+    """Padded prompts and cached steps equal whole forward passes; a new turn is refused."""
+    routed = prompt_router(run_dir)
+    prompts, tails = [tokens(1, n, n)[0] for n in (3, 8, 5)], tokens(3, 2, 9)
+    full = padded([torch.cat([p, t]) for p, t in zip(prompts, tails, strict=True)], "right")
+    batch = padded(prompts, side)
+    with torch.no_grad():
+        expected = routed(**full, prompt_lengths=[3, 8, 5]).logits
+        out, mask = routed(**batch, use_cache=True), batch["attention_mask"]
+        for step in range(2):
+            mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], 1)
+            out = routed(
+                tails[:, step : step + 1],
+                attention_mask=mask,
+                position_ids=torch.tensor([[len(p) + step] for p in prompts]),
+                **{CACHE: out[CACHE]},
+            )
+            for row, prompt in enumerate(prompts):
+                wanted = expected[row, len(prompt) + step]
+                torch.testing.assert_close(out.logits[row, -1], wanted, atol=1e-5, rtol=0)
+    with pytest.raises(RuntimeError, match="whole conversation"):
+        routed(tokens(3, 4), **{CACHE: out[CACHE]})
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_scope_prompt_in_every_layout(run_dir, layout):
+    """As in the tree layout: log-probabilities and gradients of the gates, checkpointed or not."""
+    documents = [
+        Document([1, 5, 6, 7], [[8, 9, 2], [10, 2]]),
+        Document([1, 11], [[12, 2], [13, 14, 15, 2]]),
+    ]
+    results = []
+    for name, checkpointing in (("tree", False), ("tree", True), (layout, False)):
+        routed = prompt_router(run_dir).train()
+        if checkpointing:
+            routed.gradient_checkpointing_enable()
+        policy, batch = ResponseLogProbs(routed.model), collate(documents, name)
+        with routed.anchored(batch) as recorded:
+            log_probabilities = policy(batch)
+        safety, _, mask = recorded.gates()
+        assert safety.shape == (2, len(mask))
+        assert torch.equal(safety[0], safety[1])
+        loss = (log_probabilities[0::2] - log_probabilities[1::2]).sum()
+        loss.backward()
+        grads = {n: p.grad for n, p in routed.named_parameters() if p.grad is not None}
+        assert grads
+        results.append((log_probabilities.detach(), grads))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], atol=1e-5, rtol=1e-4)
+
+
 def in_threads(*tasks) -> None:
     """Run the tasks at once; what one of them raises is raised here."""
     with ThreadPoolExecutor(len(tasks)) as pool:
@@ -446,7 +531,7 @@ def in_threads(*tasks) -> None:
             done.result()
 
 
-@pytest.mark.parametrize("scope", ["last", "token"])
+@pytest.mark.parametrize("scope", ["last", "token", "prompt"])
 def test_two_threads_get_their_own_logits(run_dir, scope):
     """Passes of other lengths, forced gates and generation at once equal those one by one."""
     routed = routed_of(run_dir, scope=scope)

@@ -20,7 +20,7 @@ def run_dir(tmp_path_factory, tiny_llama, byte_tokenizer) -> Path:
     return make_run(tmp_path_factory.mktemp("run"), tiny_llama(), byte_tokenizer)
 
 
-@pytest.mark.parametrize("scope", ["last", "token"])
+@pytest.mark.parametrize("scope", ["last", "token", "prompt"])
 @pytest.mark.parametrize("kind", ["linear", "bottleneck", "mlp"])
 def test_save_and_load(run_dir, tmp_path, byte_tokenizer, kind, scope):
     """Logits as trained equal logits as reloaded, in float32."""

@@ -289,10 +289,19 @@ class Router(Section):
     width: int | None = Field(
         None, gt=0, description="Hidden width; null: 512 for a bottleneck, 16 for an mlp."
     )
-    scope: Literal["last", "token"] = Field(
+    scope: Literal["last", "token", "prompt"] = Field(
         "last",
-        description="One gate per prompt, read at its last token, or one gate per token (as "
-        "published).",
+        description="last: one gate per prompt and layer, read at the prompt's last token. token: "
+        "one gate per token and layer (as published). prompt: one decision per prompt for all "
+        "layers, from the base model's features; a prompt costs one more forward pass.",
+    )
+    decision: Literal["soft", "hard"] = Field(
+        "soft",
+        description="Only scope prompt. hard: once trained, the expert of the larger gate answers "
+        "alone.",
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="Only scope prompt: factor of the mean gate logit over layers."
     )
     rule: Literal["pareto", "pareto_labels", "safe_first", "labels", "ranked"] = Field(
         "pareto",

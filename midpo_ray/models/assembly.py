@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _ROUTER_FILES = ("router.json", "router.safetensors")
+_ROUTER_KEYS = {"gate", "width", "scope", "decision", "temperature"}  # of config.Router
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 # config.Data's keys that decide how a prompt becomes tokens
 _TEMPLATE_KEYS = {"template", "null_context", "max_length", "max_prompt_length", "long_prompts"}
@@ -248,6 +249,8 @@ def save_router(
         "gate": router.gate,
         "width": router.width,
         "scope": router.scope,
+        "decision": router.decision,
+        "temperature": router.temperature,
         "folded": folded,
         "base": routed.base.model_dump(mode="json"),
         "fingerprint": model_fingerprint(routed.base.path, routed.base.revision),
@@ -302,7 +305,7 @@ def load_routed(
             f"{base.path}: not the base model that {settings_file} was trained on (its content "
             "differs)"
         )
-    router = Router.model_validate({key: settings[key] for key in ("gate", "width", "scope")})
+    router = Router.model_validate({key: settings[key] for key in _ROUTER_KEYS & settings.keys()})
     gate = "linear" if settings["folded"] else router.gate
     model = load_base(base, device, serve=True)
     layers = _wrap(model, experts, router, gate, base.path)

@@ -20,7 +20,15 @@ from ..config import EXPERTS, Data, Model, Router
 from ..data.tokens import Tokenization
 from ..errors import UserError
 from .router import RoutedLinear
-from .routing import Anchors, Generation, RecordedGates, Routing, checkpoint_contexts, row_anchors
+from .routing import (
+    Anchors,
+    Generation,
+    RecordedGates,
+    Routing,
+    checkpoint_contexts,
+    gates_of,
+    row_anchors,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +70,8 @@ class RoutedCausalLM(nn.Module):
         self.router, self.base, self.hashes, self.target = router, base, hashes, target
         self.data = data or template_data({})
         self.layers = dict(layers)  # a plain dict: the model's own tree registers them
-        self._routing = Routing(router.scope)
+        pool = self._pooled_gates if router.scope == "prompt" else None
+        self._routing = Routing(router.scope, pool)
         decoder = model.get_decoder()
         decoder.register_forward_pre_hook(self._routing.begin, with_kwargs=True)
         decoder.register_forward_hook(self._routing.end, with_kwargs=True, always_call=True)
@@ -97,7 +106,7 @@ class RoutedCausalLM(nn.Module):
         Args:
             input_ids: [R, T].
             prompt_lengths: [R], real tokens of each row's prompt, where prompt and response are
-                in one pass and the scope is ``last``. Without it several tokens are a prompt, and
+                in one pass and the scope is not ``token``. Without it several tokens are a prompt, and
                 one token behind a cache is a decoding step.
         """
         if prompt_lengths is None:
@@ -111,11 +120,12 @@ class RoutedCausalLM(nn.Module):
             return self.model(input_ids=input_ids, **inputs)
 
     def generate(self, inputs: Tensor | None = None, **options: Any) -> Any:
-        """``model.generate``; with scope ``last`` each prompt's decision is kept for its answer."""
+        """``model.generate``; each prompt's decision is kept for its answer (scope ``token`` has none)."""
         settings = options.get("generation_config") or self.generation_config
         chunk = options.get("prefill_chunk_size") or settings.prefill_chunk_size
-        if chunk and self.router.scope == "last":
-            raise UserError("prefill_chunk_size: scope last reads the gate of a whole prompt")
+        if chunk and self.router.scope != "token":
+            scope = self.router.scope
+            raise UserError(f"prefill_chunk_size: scope {scope} reads the gate of a whole prompt")
         prompts = [inputs, options.get("input_ids"), options.get("inputs_embeds")]
         columns = next((tokens.shape[1] for tokens in prompts if tokens is not None), 1)
         with self._routing.request(generation=Generation(next(_generations), columns)):
@@ -166,6 +176,18 @@ class RoutedCausalLM(nn.Module):
         with self._routing.request(anchors=anchors, recorded=recorded):
             yield recorded
 
+    def _pooled_gates(self, features: Mapping[int, Tensor]) -> Tensor:
+        """Scope prompt: layer -> features [G, F] to gates [G, 2], of the mean logits of all layers.
+
+        Gates are soft while they train; later ``router.decision`` may let the larger one alone be
+        open. Weights per layer would add nothing to gates that are linear maps.
+        """
+        logits = [layer.gate(features[layer.layer]).float() for layer in self.layers.values()]
+        gates = gates_of(self.router.temperature * torch.stack(logits).mean(0))
+        if self.router.decision == "hard" and not self.training:
+            gates = nn.functional.one_hot(gates.argmax(-1), 2).to(gates.dtype)
+        return gates
+
     def routing(self, prompts: Sequence[Prompt]) -> list[dict[str, float]]:
         """For each prompt and expert the gate at the prompt's last token, a mean over layers."""
         rows = self.gates(prompts)
@@ -179,8 +201,8 @@ class RoutedCausalLM(nn.Module):
 
         Returns:
             For each prompt ``tokens`` (ids of prompt and response), ``prompt_tokens`` (how many are
-            the prompt's), ``safety`` and ``helpfulness`` [L, tokens], float32 on the CPU. With
-            scope ``last`` the columns of a row are equal.
+            the prompt's), ``safety`` and ``helpfulness`` [L, tokens], float32 on the CPU. Unless
+            the scope is ``token``, the columns of a row are equal.
         """
         texts = self.tokenization
         documents, lengths = [], []
@@ -214,7 +236,7 @@ class RoutedCausalLM(nn.Module):
         with self._routing.request(anchors=anchors, recorded=recorded):
             self.model.get_decoder()(input_ids=input_ids, attention_mask=mask, use_cache=False)
         pair = [gates.float().cpu() for gates in recorded.gates()[:2]]
-        if self.router.scope == "last":
+        if self.router.scope != "token":
             pair = [gates.unsqueeze(-1).expand(-1, *shape) for gates in pair]  # [L, R, T]
         safety, helpfulness = pair
         return [(safety[:, r, : len(i)], helpfulness[:, r, : len(i)]) for r, i in enumerate(ids)]

@@ -132,5 +132,5 @@ class RoutedLinear(nn.Module):
         if not is_linear(self.gate):
             return
         self.gate = fold_gate(self.gate).to(self.lora_A.device, self.lora_A.dtype)
-        if scope == "token":  # scope last: one gate per prompt, for which the extra rows cost more
+        if scope == "token":  # else one gate per prompt, for which the extra rows cost more
             self.lora_A_and_gate = torch.cat([self.lora_A, self.gate.weight])

@@ -5,7 +5,9 @@ asyncio task that runs the pass, so that one model serves several threads at onc
 
 Scope ``token`` (MidPO, arXiv 2506.02460) computes a gate at every token. Scope ``last`` (ours)
 computes it, in each layer, at the prompt's last token and applies it to the whole document; while
-decoding, the gate is kept on the cache object.
+decoding, the gate is kept on the cache object. Scope ``prompt`` (ours) makes one decision per
+prompt for all layers, from the base model's features at the prompt's last token: the prompt goes
+through the base first.
 
 R rows, T tokens of a row, F d_ff, L layers, G decisions. Gates come in pairs: [..., 2] is (safety,
 helpfulness).
@@ -23,7 +25,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-Scope = Literal["last", "token"]
+Scope = Literal["last", "token", "prompt"]
+Pool = Callable[[Mapping[int, Tensor]], Tensor]  # layer -> features [G, F], to gates [G, 2]
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class RecordedGates:
     def gates(self) -> tuple[Tensor, Tensor, Tensor]:
         """(safety, helpfulness, mask), the arguments of ``objectives.gate_prior``.
 
-        With scope ``token`` gates are [L, R, T] and the mask is [R, T]. With scope ``last`` gates
+        With scope ``token`` gates are [L, R, T] and the mask is [R, T]. With other scopes gates
         are [L, G], and the mask [G] counts the real tokens that follow each decision, so that a
         mean over decisions is one over real tokens.
         """
@@ -119,7 +122,9 @@ class RoutingState:
     anchors: Anchors | None = None  # None: scope token, or kept gates
     kept: Mapping[int, Tensor] | None = None  # layer -> [R, 2], decided when the cache was filled
     forced: tuple[float, float] | None = None
+    decided: Tensor | None = None  # [G, 2], scope prompt: the gates of all layers
     collected: dict[int, Tensor] | None = None  # what the layers decide, for caches and records
+    features: dict[int, Tensor] | None = None  # layer -> [G, F], what they read at the anchors
 
     def gates(self, layer: int, gate: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
         """The gates of a layer's input h [R, T, F], broadcastable to [R, T, 2]."""
@@ -132,8 +137,12 @@ class RoutingState:
         return decided.unsqueeze(1) if of_token is None else decided[of_token]
 
     def _decide(self, layer: int, gate: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
-        if self.forced is None:
-            gates = _gates_of(gate(h))
+        if self.features is not None:
+            self.features[layer] = h
+        if self.decided is not None:
+            gates = self.decided
+        elif self.forced is None:
+            gates = gates_of(gate(h))
         else:
             gates = torch.tensor(self.forced, device=h.device).expand(*h.shape[:-1], 2)
         if self.collected is not None:
@@ -153,9 +162,9 @@ def routing_state(
 
     1. Within ``force_gates`` every gate is the constant.
     2. With scope ``token`` every token has its own.
-    3. With scope ``last`` and given anchors (training, ``prompt_lengths``) a token has the gate
+    3. With other scopes and given anchors (training, ``prompt_lengths``) a token has the gate
        that is computed at its document's anchor.
-    4. With scope ``last`` behind a cache one token, or any number within the call of ``generate``
+    4. Behind a cache one token, or any number within the call of ``generate``
        that filled the cache, is a decoding step: it has the gates that are kept on the cache.
     5. Else the tokens are a prompt or a new turn, with one gate per row at its last real token.
 
@@ -166,7 +175,8 @@ def routing_state(
         cache: the forward's key-value cache.
 
     Raises:
-        RuntimeError: anchors or a cache of another shape, or a mask that does not show prompts.
+        RuntimeError: anchors or a cache of another shape, a mask that does not show prompts, or a
+            new turn behind a cache with scope ``prompt``.
     """
     forced, anchors, generation = request.forced, request.anchors, request.generation
     collected: dict[int, Tensor] = {}
@@ -176,7 +186,7 @@ def routing_state(
         if anchors.token_mask.shape != shape:
             given = tuple(anchors.token_mask.shape)
             raise RuntimeError(f"the anchors are for {given} tokens, the input has {shape}")
-        return RoutingState(scope, anchors, None, forced, collected)
+        return RoutingState(scope, anchors, forced=forced, collected=collected)
     if scope == "token":
         return RoutingState(scope, forced=forced)
     past = 0 if cache is None else int(cache.get_seq_length())
@@ -191,6 +201,10 @@ def routing_state(
         if forced is not None:
             kept = dict.fromkeys(kept, torch.tensor(forced, device=device).expand(shape[0], 2))
         return RoutingState(scope, kept=kept)
+    if past and scope == "prompt":
+        raise RuntimeError(
+            "scope prompt reads a whole conversation in the base model: give it without a cache"
+        )
     width = None if past or generation is None else generation.prompt_columns
     if isinstance(mask, Tensor) and mask.dim() == 2:
         mask = mask[:, -shape[1] :]  # the new tokens' part
@@ -198,12 +212,11 @@ def routing_state(
         mask = None  # generate's own mask: prompts are padded on the left
     elif mask is not None:
         raise RuntimeError(
-            "scope last cannot read prompts from a mask that is not [rows, tokens]: give anchors "
+            f"scope {scope} cannot read prompts from a mask that is not [rows, tokens]: give anchors "
             "by RoutedCausalLM.anchored"
         )
-    return RoutingState(
-        scope, row_anchors(shape, mask, device, width=width), None, forced, collected
-    )
+    anchors = row_anchors(shape, mask, device, width=width)
+    return RoutingState(scope, anchors, forced=forced, collected=collected)
 
 
 # Threads start without these values, so that each has its own; asyncio tasks start with a copy.
@@ -233,10 +246,14 @@ class Routing:
 
     ``begin`` and ``end`` are hooks of the decoder, which every forward pass runs: training's,
     generation's and a user's.
+
+    Args:
+        pool: scope prompt's decision.
     """
 
-    def __init__(self, scope: Scope) -> None:
+    def __init__(self, scope: Scope, pool: Pool | None = None) -> None:
         self.scope: Scope = scope
+        self.pool = pool
 
     @contextmanager
     def request(self, **changes: Any) -> Iterator[None]:
@@ -256,7 +273,27 @@ class Routing:
         request = _requests.get().get(self, Request())
         shape = (tokens.shape[0], tokens.shape[1])
         mask, cache = kwargs.get("attention_mask"), _cache_among(kwargs.values())
-        _state.set(routing_state(self.scope, request, shape, tokens.device, mask, cache))
+        state = routing_state(self.scope, request, shape, tokens.device, mask, cache)
+        if self.pool is not None and state.kept is None and state.forced is None:
+            features = self._base_features(module, args, kwargs, state)
+            state = replace(state, decided=self.pool(features))
+        _state.set(state)
+
+    def _base_features(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        state: RoutingState,
+    ) -> dict[int, Tensor]:
+        """Layer -> [G, F], the base model's input of the routed Linears at the anchors."""
+        features: dict[int, Tensor] = {}
+        base = replace(state, forced=(0.0, 0.0), collected=None, features=features)
+        cache = _cache_among(kwargs.values())
+        inputs = {name: value for name, value in kwargs.items() if value is not cache}
+        with torch.no_grad(), _Within(base):
+            module.forward(*args, **{**inputs, "use_cache": False})
+        return features
 
     def end(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -304,6 +341,6 @@ class _Within:
         _state.reset(self._tokens.pop())
 
 
-def _gates_of(logits: Tensor) -> Tensor:
+def gates_of(logits: Tensor) -> Tensor:
     """Gates in (0, 1), in float32 or better."""
     return torch.sigmoid(logits if logits.dtype == torch.float64 else logits.float())
