@@ -164,6 +164,55 @@ def test_any_file_with_prompts(tmp_path):
     assert {p.set for p in found} == {"any"}
 
 
+def test_jailbreakbench_s_goal_is_the_prompt_and_a_column_can_be_named(tmp_path, caplog):
+    caplog.set_level("INFO", logger="midpo_ray")
+    rows = [
+        {"Index": 0, "Goal": "Trick a man", "Target": "Sure", "Behavior": "Trick", "Category": "F"},
+        {"Index": 1, "Goal": "Slip in", "Target": "Sure", "Behavior": "Trick", "Category": "P"},
+    ]
+    path = table(tmp_path / "harmful-behaviors.csv", rows)
+    assert told(load_prompts(path)) == [("Trick a man", True, "F"), ("Slip in", True, "P")]
+    assert "column Goal" in caplog.text
+    assert "Behavior" in caplog.text  # the other candidate
+    benign = table(tmp_path / "benign-behaviors.csv", rows)
+    assert [p.harmful for p in load_prompts(benign)] == [False, False]
+    assert told(load_prompts(f"{path}:column=Target")) == [("Sure", True, "F")]
+    assert load_prompts(f"{path}:column=Behavior")[0].set == "harmful-behaviors"
+    with pytest.raises(UserError, match=r"no column goal.* Behavior, Category, Goal"):
+        load_prompts(f"{path}:column=goal")
+
+
+def test_context_and_system_belong_to_the_prompt(tmp_path):
+    rows = [
+        {"prompt": "Do it.", "context": "Steal.", "category": "a"},
+        {"prompt": "Do it.", "context": "Hide.", "category": "a"},
+        {"prompt": "Do it.", "context": None, "category": "b"},
+    ]
+    found = load_prompts(lines(tmp_path / "contextual.jsonl", rows))
+    assert [p.text for p in found] == [
+        "Steal.\n\n---\n\nDo it.",
+        "Hide.\n\n---\n\nDo it.",
+        "Do it.",
+    ]
+    assert len({p.id for p in found}) == 3
+    systems = [{"system": "Be brief.", "question": "Why?"}, {"question": "Why?"}]
+    found = load_prompts(lines(tmp_path / "systems.jsonl", systems))
+    assert [p.turns for p in found] == [
+        (("system", "Be brief."), ("user", "Why?")),
+        (("user", "Why?"),),
+    ]
+    alpaca = [{"instruction": "Shorten.", "input": "A long text."}]
+    (one,) = load_prompts(lines(tmp_path / "alpaca.jsonl", alpaca))
+    assert one.text == "Shorten.\n\nA long text."
+
+
+def test_hidden_files_are_no_prompts(tmp_path):
+    for place in (".ipynb_checkpoints", "."):
+        (tmp_path / "set" / place).mkdir(parents=True, exist_ok=True)
+        lines(tmp_path / "set" / place / "a.jsonl", [{"prompt": place}])
+    assert [p.text for p in load_prompts(str(tmp_path / "set"))] == ["."]
+
+
 def test_limit_draws_by_content(tmp_path):
     rows = [{"prompt": f"prompt {i}"} for i in range(50)]
     some = load_prompts(lines(tmp_path / "a.jsonl", rows), 10)
@@ -176,10 +225,10 @@ def test_limit_draws_by_content(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
-        ([{"query": "x"}], "no column prompt"),
-        ([{"prompt": ""}], "a text"),
+        ([{"words": "x"}], "there are words, known are"),
+        ([{"prompt": ""}], "prompt is empty"),
         ([{"prompt": "x", "harmful": "maybe"}], "harmful is 'maybe'"),
-        ([{"prompt": [{"role": "assistant", "content": "x"}]}], "the last message"),
+        ([{"prompt": [{"role": "assistant", "content": "x"}]}], "last message"),
     ],
 )
 def test_faults_name_the_row(tmp_path, rows, says):

@@ -164,6 +164,40 @@ def test_dialogues_without_an_answer_to_compare_are_counted(tmp_path):
     }
 
 
+def test_the_report_says_how_each_set_was_read(tmp_path):
+    answers = {"chosen": "The answer is 0.", "rejected": "The answer is 1."}
+    rows = [
+        {"system": "Be exact.", "question": "What is 0+0?", **answers},
+        {"system": "Be exact.", "question": "What is 1-1?", **answers},
+        {"system": None, "question": "What is 2-2?", **answers},
+    ]
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    guessed = jsonl(tmp_path / "b.jsonl", [answers])
+    pairs, report = read(path, guessed)
+    assert pairs[0].prompt == (("system", "Be exact."), ("user", "What is 0+0?"))
+    ways = [(w.path, w.origin.prompt, w.origin.system, w.pairs) for w in report.read_as]
+    assert ways[:2] == [
+        (str(path), "column question", "column system", 2),
+        (str(path), "column question", "", 1),
+    ]
+    assert "guess" in ways[2][1]
+    assert report.read_as[0].example == pairs[0]
+    text = "\n".join(report.lines())
+    assert all(part in text for part in ("Be exact.", "What is 0+0?", "The answer is 1."))
+    json.dumps(report.as_dict())
+
+
+def test_the_files_of_a_folder_are_listed(tmp_path):
+    folder = tmp_path / "set"
+    (folder / ".cache").mkdir(parents=True)
+    for name in ("a.jsonl", "b.jsonl", ".cache/c.jsonl"):
+        jsonl(folder / name, numbered(1, name))
+    (folder / "README.json").write_text("{}")
+    _, report = read(folder)
+    assert report.files == {str(folder): [str(folder / "a.jsonl"), str(folder / "b.jsonl")]}
+    assert sum(".cache" in note or "README.json" in note for note in report.notes) == 2
+
+
 # Repeats and mixing
 
 
@@ -245,10 +279,10 @@ FAULTS = [
     ("a.jsonl", b'{"question": "x", "reply": "y"}', r"a\.jsonl:1: columns prompt, .* missing; there are question, reply"),
     ("a.jsonl", b'{"prompt": "x", "chosen": "y"}', r"a\.jsonl:1: column rejected missing; there are chosen, prompt"),
     ("a.jsonl", without(*LABELS), "no label column"),
-    ("a.jsonl", GOOD + bad(better_response_id=2), r"a\.jsonl:2: better_response_id is 2, allowed are 0, 1 and null"),
+    ("a.jsonl", GOOD + bad(better_response_id=2), r"a\.jsonl:2: better_response_id is 2, allowed"),
     ("a.jsonl", bad(better_response_id=True), "better_response_id is True, allowed"),
-    ("a.jsonl", bad(safer_response_id="1"), "safer_response_id is '1', allowed"),
-    ("a.jsonl", bad(safer_response_id=-1), "safer_response_id is -1, allowed"),
+    ("a.jsonl", bad(safer_response_id="2"), "safer_response_id is '2', allowed"),
+    ("a.jsonl", bad(safer_response_id=-2), "safer_response_id is -2, allowed"),
     ("a.jsonl", bad(is_response_0_safe="yes"), "is_response_0_safe is 'yes', allowed are true, false and null"),
     ("a.jsonl", bad(response_0=""), r"a\.jsonl:1: response_0 is empty"),
     ("a.jsonl", bad(response_1=" \n\t"), r"a\.jsonl:1: response_1 is empty"),
@@ -296,9 +330,7 @@ def test_missing_file(path):
 
 
 def test_a_hub_name_out_of_reach():
-    with pytest.raises(
-        UserError, match="nobody/no-such-set: no such file or folder here, and as a set on the hub"
-    ) as caught:
+    with pytest.raises(UserError, match="nobody/no-such-set: no such file or folder") as caught:
         read("nobody/no-such-set")
     assert "\n" not in str(caught.value)
 

@@ -184,7 +184,13 @@ _tasks = "Tasks of lm-evaluation-harness: names, YAML files, folders of them."
 @command("Measure", "evaluate runs/mine --sets xstest harmful.jsonl --against base")
 def evaluate(
     what: Annotated[list[str], Argument(help=_what)],
-    sets: Annotated[list[str], option("SET...", "xstest, harmbench, ..., or files of prompts.")],
+    sets: Annotated[
+        list[str],
+        option(
+            "SET...",
+            "xstest, harmbench, ..., or files of prompts; FILE:column=NAME names the column.",
+        ),
+    ],
     against: Annotated[
         Text, option("WHAT", "Win rates against this model, or base.", "none")
     ] = None,
@@ -225,7 +231,10 @@ def evaluate(
 def report_folder(what: str, sets: Sequence[str]) -> str:
     """The default folder of a report; only the endings of data files are left out."""
     ending = re.compile(r"\.(jsonl?|csv|parquet|txt)(\.gz)?$")
-    names = [Path(what).name, *(ending.sub("", Path(s).name) for s in sets)]
+    names = [
+        Path(what).name,
+        *(ending.sub("", Path(s.partition(":column=")[0]).name) for s in sets),
+    ]
     return f"reports/{'-'.join(names).replace(':', '-')}"
 
 

@@ -188,7 +188,7 @@ def split_batch(
     batch_tokens: int,
     layout: Layout = "tree",
 ) -> list[list[list[int]]]:
-    """A global batch cut into micro-batches of at most ``batch_tokens``: ``[rank][micro-batch][pair]``.
+    """A global batch cut into micro-batches of ``batch_tokens``: ``[rank][micro-batch][pair]``.
 
     Padding counts as tokens and is kept small: pairs of similar length share a micro-batch. All
     ranks have the same number of micro-batches, of similar cost; where pairs run out a list is
@@ -240,7 +240,7 @@ def _cut(
 
 
 def cost(part: Sequence[int], lengths: Sequence[int], layout: Layout) -> int:
-    """Tokens of the rows that pairs become, with padding (``padded``: for responses of equal length)."""
+    """Tokens of pairs in a batch, with padding (``padded``: as if responses had equal length)."""
     if layout == "packed":
         return sum(lengths[i] for i in part)
     return len(part) * max((lengths[i] for i in part), default=0)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .read import ReadReport, printable
+from .messages import printable
+from .read import ReadReport
 from .schema import Document, Pair
 from .selection import LABEL_RULES, SCORE_RULES, Selected, select
 from .tokens import TEMPLATE_DATE, Tokenization
@@ -130,7 +131,8 @@ def _labels(pairs: Sequence[Pair]) -> list[str]:
             lines.append(f"  {name}: {', '.join(values)}")
     if wrong:
         lines.append(
-            f"  warning: in {wrong} pairs safer_response_id is the unsafe response beside a safe one"
+            f"  warning: in {wrong} pairs safer_response_id is the unsafe response, and the other "
+            "one is safe"
         )
     return lines
 

@@ -31,7 +31,7 @@ def is_validation(prompt: Prompt, share: float, seed: int) -> bool:
 def select(
     pairs: Sequence[Pair], rule: str, scores: ResponseScores | None = None
 ) -> tuple[list[Selected], Counter[str]]:
-    """Apply a selection rule; return what it selects, in order, and how many pairs it drops by reason.
+    """Return what a rule selects, in order, and how many pairs it drops by reason.
 
     * safety: exactly one response is safe; the safer one is chosen.
     * helpfulness: all pairs; the better response is chosen.

@@ -271,14 +271,14 @@ class Tokenization:
 
 
 def _with_fixed_date(template: str, name: str) -> str | None:
-    """The template with the calls of ``strftime_now`` replaced by a fixed date; None without any."""
+    """The template with calls of ``strftime_now`` replaced by a date; None without any."""
     if not _NOW.search(template):
         return None
     fixed = _NOW_LITERAL.sub(lambda call: repr(TEMPLATE_DATE.strftime(call[2])), template)
     if _NOW.search(fixed):
         raise UserError(
-            f"tokenizer {name}: its chat template computes today's date from an expression, so that "
-            "scores would depend on the day; use a fixed date there, or set data.template"
+            f"tokenizer {name}: its chat template computes today's date from an expression, so "
+            "that scores would depend on the day; fix the date there, or set data.template"
         )
     return fixed
 

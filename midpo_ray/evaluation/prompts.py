@@ -1,31 +1,39 @@
-"""Prompt sets by name or file, each prompt with whether it is harmful and its category. A file's columns tell which set it is.
+"""Prompt sets by name or file, each prompt with whether it is harmful and its category.
 
-| set | columns | harmful | category |
+The columns of a file tell which set it is:
+
+| set | prompt | harmful | category |
 |---|---|---|---|
-| XSTest | prompt, type, label (older files: type alone) | label unsafe (type contrast_...) | type |
-| StrongREJECT | forbidden_prompt, category | all | category |
-| HarmBench | Behavior, ContextString, SemanticCategory | all | SemanticCategory |
-| Do-Not-Answer | question, risk_area; or prompt, intents | all | risk_area; the file's name |
-| WildGuardMix | prompt, prompt_harm_label, subcategory | prompt_harm_label | subcategory |
-| PKU-SafeRLHF | prompt, response_0, is_response_0_safe, ... | an answer to it is labelled unsafe (ours) | first harm category |
-| any other | prompt (text or messages), harmful or label, category | as it says, else unknown | category |
+| XSTest | prompt | label unsafe (older files: type contrast_...) | type |
+| StrongREJECT | forbidden_prompt | all | category |
+| HarmBench | Behavior, ContextString | all | SemanticCategory |
+| JailbreakBench | Goal | files named harmful, not those named benign | Category |
+| Do-Not-Answer | question; or prompt beside intents | all | risk_area; the file's name |
+| WildGuardMix | prompt | prompt_harm_label | subcategory |
+| PKU-SafeRLHF | prompt | an answer to it is labelled unsafe (ours) | first harm category |
+| any other | the first of ``COLUMNS`` | harmful or label, else unknown | category |
 
-PKU-SafeRLHF labels answers, not prompts: a prompt that drew an unsafe answer counts as harmful (ours).
+A system and a context column belong to the prompt. ``FILE:column=NAME`` names its column.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import digest
 from ..data.files import Row, read_rows
+from ..data.messages import asked, checked, is_empty
 from ..data.schema import Message
 from ..errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +51,7 @@ class Prompt:
 
 
 class Hub(NamedTuple):
-    """Where a known set lies on the hub."""
+    """Where a known set is on the hub."""
 
     path: str
     config: str | None = None
@@ -60,218 +68,196 @@ KNOWN = {
 }
 ALL_HARMFUL = ("strongreject", "harmbench", "donotanswer")
 MINIATURE = "builtin:miniature"
-HARMFUL = {
+# Columns that can be the prompt, the first that a row fills is; compared in lower case.
+COLUMNS = (
+    "forbidden_prompt", "prompt", "goal", "behavior", "question", "instruction", "query", "text",
+    "input",
+)  # fmt: skip
+CATEGORIES = ("semanticcategory", "risk_area", "category", "type", "subcategory", "kind")
+HARMFUL_WORDS = {
     **dict.fromkeys(("unsafe", "harmful", "true", "1", "yes"), True),
     **dict.fromkeys(("safe", "benign", "unharmful", "harmless", "false", "0", "no"), False),
 }
 
 
 def load_prompts(name_or_file: str, limit: int | None = None) -> list[Prompt]:
-    """The prompts of a known set, a hub name, a file or folder of JSONL, JSON, CSV or Parquet, or ``builtin:miniature[:SEED]``.
+    """The prompts of a known set, a hub name, a file or folder, or ``builtin:miniature[:SEED]``.
 
-    Repeated prompts count once. Of a file whose rows name a split, the test rows are taken. ``limit`` draws that many, by their
-    content, so that the same are drawn whatever the order.
+    A row is identified by all that makes its prompt; repeated ones count once. Where rows name a
+    split the test rows are taken. ``limit`` draws that many by their content, in any order alike.
 
     Raises:
-        UserError: names the set, or the file and row, and what would have been right; a gated set says what to do.
+        UserError: names the set, or the file and row, and what would have been right.
     """
-    read = _miniature if name_or_file.startswith("builtin:") else _read
-    found = read(name_or_file)
-    if not found:
+    miniature = name_or_file.startswith("builtin:")
+    prompts = _miniature(name_or_file) if miniature else _read(name_or_file)
+    if not prompts:
         raise UserError(f"{name_or_file}: no prompts in it")
-    if limit is not None and limit < len(found):
-        kept = set(
-            sorted(
-                range(len(found)), key=lambda i: hashlib.sha256(found[i].text.encode()).digest()
-            )[:limit]
-        )
-        found = [p for i, p in enumerate(found) if i in kept]
-    return found
+    if limit is not None and limit < len(prompts):
+        hashes = [hashlib.sha256(p.text.encode()).digest() for p in prompts]
+        drawn = sorted(range(len(prompts)), key=lambda i: hashes[i])[:limit]
+        prompts = [prompts[i] for i in sorted(drawn)]
+    return prompts
 
 
 def load_sets(names: Sequence[str], limit: int | None = None) -> list[list[Prompt]]:
-    """``load_prompts`` of each, whose answers are told apart by the sets' names. UserError where two are alike."""
-    found = [load_prompts(name, limit) for name in names]
-    if len({prompts[0].set for prompts in found}) < len(found):
+    """``load_prompts`` of each. Raises UserError where two sets have one name."""
+    sets = [load_prompts(name, limit) for name in names]
+    if len({prompts[0].set for prompts in sets}) < len(sets):
         raise UserError(
-            f"--sets: two sets are named alike ({', '.join(p[0].set for p in found)}); rename a file"
+            f"--sets: two sets have one name ({', '.join(p[0].set for p in sets)}); rename a file"
         )
-    return found
+    return sets
 
 
 def prompts_digest(prompts: Iterable[Prompt]) -> str:
-    """What stands for a set's content in a report."""
+    """What identifies a set's content in a report."""
     return digest([(p.id, p.text, p.messages, p.harmful, p.category) for p in prompts])
 
 
+def split_name(name: str) -> tuple[str, str | None]:
+    """(file or name, column) of ``FILE:column=NAME``."""
+    path, _, column = name.partition(":column=")
+    return path, column or None
+
+
 def _read(name: str) -> list[Prompt]:
-    place = Path(name).expanduser()
-    if not place.exists() and (
-        hub := KNOWN.get(name.lower()) or next((h for h in KNOWN.values() if h.path == name), None)
-    ):
-        title, rows = _known_name(hub), _hub(hub)
+    path, column = split_name(name)
+    place = Path(path).expanduser()
+    hub = None
+    if not place.exists():
+        known = (h for n, h in KNOWN.items() if path in (n, h.path) or path.lower() == n)
+        hub = next(known, None)
+        if hub is None and "/" not in path:
+            names = ", ".join([*KNOWN, MINIATURE])
+            raise UserError(f"--sets {path}: no such file, and no known set; known are {names}")
+    if hub is not None:
+        title = next(n for n, h in KNOWN.items() if h == hub)
+        rows = read_rows(hub.path, hub.split, config=hub.config)
     else:
-        title, rows = (
-            re.sub(r"(\.(jsonl|json|csv|parquet|gz))+$", "", place.name),
-            iter(_local(place, name)),
-        )
-    plain = re.sub(r"[^a-z]", "", f"{title}".lower())
-    all_harmful = any(known in plain for known in ALL_HARMFUL)
-    found: dict[tuple[Any, ...], Prompt] = {}
-    taken: set[str] = set()
+        title = re.sub(r"(\.(jsonl|json|csv|parquet|gz))+$", "", place.name)
+        rows = read_rows(path, "test")
+    prompts: dict[tuple[Any, ...], Prompt] = {}
+    ids: set[str] = set()
+    origins: Counter[str] = Counter()
     for number, (source, row) in enumerate(rows, 1):
         if row.get("split") not in (None, "test"):
             continue
-        prompt = _prompt(row, source, title)
-        if prompt.harmful is None and all_harmful:
-            prompt = replace(prompt, harmful=True)
-        before = found.get(prompt.turns)
-        if before is not None:
-            if (
-                prompt.harmful and before.harmful is False and "response_0" in row
-            ):  # PKU: another answer to it is unsafe
-                found[prompt.turns] = replace(before, harmful=True, category=prompt.category)
+        prompt, origin = _prompt(row, source, title, column)
+        origins[origin] += 1
+        before = prompts.get(prompt.turns)
+        if before is not None:  # PKU: another answer to it is unsafe
+            if prompt.harmful and before.harmful is False and "response_0" in row:
+                prompts[prompt.turns] = replace(before, harmful=True, category=prompt.category)
             continue
-        given = prompt.id if prompt.id and prompt.id not in taken else str(number)
-        while given in taken:
-            given += "'"
-        taken.add(given)
-        found[prompt.turns] = replace(prompt, id=given)
-    return list(found.values())
+        unique = prompt.id if prompt.id and prompt.id not in ids else str(number)
+        while unique in ids:
+            unique += "'"
+        ids.add(unique)
+        prompts[prompt.turns] = replace(prompt, id=unique)
+    for origin, count in origins.items():
+        log.info("%s: %s rows, prompt from %s", path, count, origin)
+    for note in rows.notes:
+        log.info("%s", note)
+    return list(prompts.values())
 
 
-def _known_name(hub: Hub) -> str:
-    return next(name for name, known in KNOWN.items() if known == hub)
-
-
-def _local(place: Path, name: str) -> Iterator[tuple[str, Row]]:
-    """Rows of a file or folder; of a folder whose files name splits, the test files. An unknown name is told with the known."""
-    if not place.exists() and "/" not in name:
+def _prompt(row: Row, source: str, title: str, column: str | None) -> tuple[Prompt, str]:
+    """The prompt of a row, and which columns it comes from."""
+    if column is not None and column not in row:
+        names = ", ".join(sorted(row)) or "none"
+        raise UserError(f"{source}: no column {column}, which --sets names; there are {names}")
+    lower: dict[str, str] = {}
+    for name in row:
+        if lower.setdefault(name.lower(), name) != name:
+            raise UserError(f"{source}: columns {lower[name.lower()]} and {name} are alike")
+    candidates = [lower[c] for c in COLUMNS if c in lower and not is_empty(row[lower[c]])]
+    used = column
+    if used is None and candidates:
+        used = candidates[0]
+    if used is None:
+        empty = [lower[c] for c in COLUMNS if c in lower]
+        what = f"{empty[0]} is empty" if empty else "no column is known as the prompt"
         raise UserError(
-            f"--sets {name}: no such file, and no known set; known are {', '.join(KNOWN)}, {MINIATURE}"
+            f"{source}: {what}; there are {', '.join(sorted(row)) or 'none'}, known are "
+            f"{', '.join(COLUMNS)}, and --sets FILE:column=NAME names another"
         )
-    yield from read_rows(name, "test")
-
-
-def _hub(hub: Hub) -> Iterator[tuple[str, Row]]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(hub.path, hub.config, split=hub.split)
-    except Exception as error:  # the hub's and the library's many errors alike: whatever it is, the set cannot be had
-        what = " ".join(str(error).split())[:160]
-        if any(
-            sign in f"{type(error).__name__} {what}".lower() for sign in ("gated", "401", "403")
-        ):
-            raise UserError(
-                f"{hub.path} is gated: accept its terms at https://huggingface.co/datasets/{hub.path}, log in by "
-                "`hf auth login`, or name a file of it"
-            ) from None
-        raise UserError(
-            f"{hub.path}: cannot be had from the hub ({type(error).__name__}: {what}); name a file or folder of it instead"
-        ) from None
-    for number, row in enumerate(rows, 1):
-        yield f"{hub.path} row {number}", row
-
-
-def _prompt(row: Row, source: str, title: str) -> Prompt:
-    def made(text: Any, harmful: bool | None, category: Any) -> Prompt:
-        messages = _messages(text, source) if isinstance(text, list) else ()
-        last = messages[-1][1] if messages else text
-        if not isinstance(last, str) or not last.strip():
-            raise UserError(
-                f"{source}: the prompt is {str(text)[:40]!r}, a text (or messages that end with the user's) is expected"
-            )
-        name = row.get("id", row.get("BehaviorID"))
-        return Prompt(
-            "" if name is None else str(name), title, last, harmful, str(category or ""), messages
-        )
-
-    if "forbidden_prompt" in row:
-        return made(row["forbidden_prompt"], True, row.get("category"))
-    if "Behavior" in row:
-        context = row.get("ContextString")
-        text = f"{context}\n\n---\n\n{row['Behavior']}" if context else row["Behavior"]
-        return made(text, True, row.get("SemanticCategory"))
-    if "question" in row and "risk_area" in row:
-        return made(row["question"], True, row["risk_area"])
-    if "prompt" in row and "intents" in row:
-        return made(
-            row["prompt"],
-            True,
-            Path(re.sub(r":\d+$| row \d+$", "", source)).name.partition(".")[0].replace("_", " "),
-        )
-    if "response_0" in row and "prompt" in row:
-        unsafe = [i for i in (0, 1) if row.get(f"is_response_{i}_safe") in (False, 0)]
-        known = any(row.get(f"is_response_{i}_safe") is not None for i in (0, 1))
-        return made(
-            row["prompt"],
-            bool(unsafe) if known else None,
-            next((c for i in unsafe if (c := _harm(row, i))), ""),
-        )
-    text = next(
-        (
-            row[name]
-            for name in ("prompt", "question", "instruction", "text")
-            if row.get(name) is not None
-        ),
-        None,
-    )
-    if text is None:
-        raise UserError(
-            f"{source}: no column prompt (or question, instruction, text, forbidden_prompt, Behavior); there are "
-            f"{', '.join(sorted(row)) or 'none'}"
-        )
-    category = next(
-        (
-            row[name]
-            for name in ("category", "type", "subcategory", "kind")
-            if isinstance(row.get(name), str)
-        ),
-        "",
-    )
-    return made(text, _harmful(row, source), category)
-
-
-def _harm(row: Row, number: int) -> str:
-    categories = row.get(f"response_{number}_harm_category")
+    questions = [used, "input"] if used == lower.get("instruction") else [used]
+    question = asked(row, source, questions)
+    messages = checked(question.messages, source)
+    others = [c for c in candidates if c not in question.columns]
+    origin = " and ".join([*question.columns, *([question.system] if question.system else [])])
+    if others:
+        origin += f" (also possible, by FILE:column=NAME: {', '.join(others)})"
+    harmful, category = _harmful(row, lower, source, title)
+    identity = row.get("id", row.get("BehaviorID"))
+    several = messages if len(messages) > 1 else ()
     return (
-        next((name for name, there in categories.items() if there), "")
-        if isinstance(categories, Mapping)
-        else ""
+        Prompt(
+            "" if identity is None else str(identity),
+            title,
+            messages[-1][1],
+            harmful,
+            category,
+            several,
+        ),
+        f"column {origin}",
     )
 
 
-def _harmful(row: Row, source: str) -> bool | None:
+def _harmful(
+    row: Row, lower: Mapping[str, str], source: str, title: str
+) -> tuple[bool | None, str]:
+    """(whether the prompt is harmful or None, its category)."""
+    values = [row[lower[name]] for name in CATEGORIES if name in lower]
+    category = next((value for value in values if isinstance(value, str)), "")
+    plain = re.sub(r"[^a-z]", "", title.lower())
+    if {"goal", "behavior"} <= lower.keys():  # JailbreakBench
+        if "benign" in plain:
+            return False, category
+        return (True if "harmful" in plain else _label(row, source)), category
+    if "intents" in row and "prompt" in row:  # Do-Not-Answer: the file is the category
+        file = Path(re.sub(r":\d+$| row \d+$", "", source)).name
+        return True, file.partition(".")[0].replace("_", " ")
+    if "response_0" in row:
+        safe = [str(row.get(f"is_response_{i}_safe")).strip().lower() for i in (0, 1)]
+        unsafe = [i for i in (0, 1) if safe[i] in ("false", "0", "0.0")]
+        known = any(flag not in ("none", "null", "nan", "") for flag in safe)
+        named = [_harm_category(row, i) for i in unsafe]
+        return (bool(unsafe) if known else None), next(filter(None, named), "")
+    label = _label(row, source)
+    harmful_set = bool({"forbidden_prompt", "behavior", "risk_area"} & lower.keys())
+    if label is None and (harmful_set or any(known in plain for known in ALL_HARMFUL)):
+        label = True
+    return label, category
+
+
+def _harm_category(row: Row, number: int) -> str:
+    categories = row.get(f"response_{number}_harm_category")
+    if not isinstance(categories, Mapping):
+        return ""
+    return next((name for name, present in categories.items() if present), "")
+
+
+def _label(row: Row, source: str) -> bool | None:
     for name in ("harmful", "prompt_harm_label", "label", "is_harmful"):
-        given = row.get(name)
-        if given is None or given == "":
+        value = row.get(name)
+        if is_empty(value):
             continue
-        known = given if isinstance(given, bool) else HARMFUL.get(str(given).strip().lower())
-        if known is None and name != "label":  # any set may have a label of its own
-            raise UserError(
-                f"{source}: {name} is {str(given)[:40]!r}, allowed are {', '.join(HARMFUL)}"
-            )
+        known = HARMFUL_WORDS.get(str(value).strip().lower().removesuffix(".0"))
         if known is not None:
             return known
+        if name != "label":  # any set may have labels of its own
+            allowed = ", ".join(HARMFUL_WORDS)
+            raise UserError(f"{source}: {name} is {str(value)[:40]!r}, allowed are {allowed}")
     kind = row.get("type")
     if isinstance(kind, str) and "focus" in row:  # XSTest without its label column
         return kind.startswith("contrast_")
     return None
 
 
-def _messages(value: list[Any], source: str) -> tuple[Message, ...]:
-    try:
-        messages = tuple((str(m["role"]), m["content"]) for m in value)
-    except (TypeError, KeyError):
-        raise UserError(f"{source}: a message is an object with role and content") from None
-    if not messages or messages[-1][0] != "user":
-        raise UserError(f"{source}: the last message is to be the user's")
-    return messages
-
-
 def _miniature(name: str) -> list[Prompt]:
-    from ..miniature.world import held_out_prompts, make_world
+    from ..miniature.world import held_out_prompts, make_world  # only where it is asked for
 
     _, _, seed = name.removeprefix("builtin:").partition(":")
     if not re.fullmatch(r"builtin:miniature(:\d+)?", name):

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from ..config import Config, Group, digest
 from ..errors import UserError
 from ..evaluation.judges import load_judge
+from ..evaluation.prompts import split_name
 from ..pipeline.plan import content_id, fingerprints, inputs
 from .spec import Contender, Study
 
@@ -88,7 +89,11 @@ def plan(study: Study, config: Config, where: str) -> Plan:
     """
     units: dict[str, Unit] = {}
     answers: dict[tuple[str, int], str] = {}
-    asked = digest(study.answers, [(Path(s).name, content_id(s)) for s in study.sets], study.split)
+    asked = digest(
+        study.answers,
+        [(Path(s).name, content_id(split_name(s)[0])) for s in study.sets],
+        study.split,
+    )
     judges = [load_judge(j).fingerprint for j in study.judges]
     for seed in study.seeds:
         seeded = config.model_copy(update={study.vary: seed})
