@@ -1,4 +1,4 @@
-"""Odd data files from a seeded generator: each is read as its oracle says, or refused in one line."""
+"""Odd data files from a seeded generator: each is read as its oracle says, or refused in a line."""
 
 from __future__ import annotations
 

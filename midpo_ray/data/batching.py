@@ -222,7 +222,7 @@ def split_batch(
 def _cut(
     ordered: list[int], lengths: Sequence[int], batch_tokens: int, layout: Layout
 ) -> list[list[int]]:
-    """Consecutive parts within the budget, with the least padding plus ``PASS_COST`` for each part."""
+    """Consecutive parts in the budget, with the least padding plus ``PASS_COST`` for each part."""
     best: list[tuple[float, int]] = [(0, 0)]  # of the first n: total, start of the last part
     for end in range(1, len(ordered) + 1):
         options = []
