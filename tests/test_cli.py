@@ -229,6 +229,10 @@ def test_config_prints_keys(capsys) -> None:
     assert out.startswith("experts.safety.objective.beta = 1.0")
     assert "> 0" in out
     assert "0.1" in out  # the default
+    assert main(["config", "router.rule"]) == 0
+    assert capsys.readouterr().out.startswith("router.rule  (")
+    assert main(["config", "miniatur"]) == 2
+    assert "miniature" in capsys.readouterr().err
     assert main(["config"]) == 0
     assert "deepspeed.stage" in capsys.readouterr().out
     assert main(["config", "miniature", "experts.safety.objective.bta"]) == 2

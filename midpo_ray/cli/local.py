@@ -84,6 +84,8 @@ def config(
     markdown: Annotated[bool, Option("--markdown", help="Print docs/configuration.md.")] = False,
 ) -> None:
     """Print the keys of a recipe: type, default and meaning."""
+    if recipe and key is None and recipe.partition(".")[0] in Config.model_fields:
+        recipe, key = None, recipe  # `midpo config KEY`
     if schema:
         print(reference.json_schema())
     elif markdown:
