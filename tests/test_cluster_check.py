@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -459,12 +460,64 @@ def test_secret_in_a_comment(tmp_path):
         {"provider": {"type": 3}},
         {"kind": "RayJob"},
         {"spec": 1},
+        {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": [], "spec": {}},
+        {
+            "apiVersion": "ray.io/v1",
+            "kind": "RayCluster",
+            "metadata": {"name": "x"},
+            "spec": {"rayVersion": "2.60.0", "headGroupSpec": [{"template": {}}]},
+        },
+        {
+            "apiVersion": "ray.io/v1",
+            "kind": "RayJob",
+            "metadata": {"name": "x"},
+            "spec": {
+                "entrypoint": "x",
+                "rayClusterSpec": {
+                    "rayVersion": "2.60.0",
+                    "headGroupSpec": {"template": {"metadata": [], "spec": [1]}},
+                    "workerGroupSpecs": {"groupName": "a"},
+                },
+            },
+        },
+        {
+            "cluster_name": "x",
+            "provider": {"type": "aws", "region": "us-east-1", "security_group": []},
+            "auth": [],
+            "available_node_types": {"a": {"node_config": [], "resources": {}}},
+        },
     ],
 )
 def test_any_mapping_gets_faults_and_never_a_traceback(tmp_path, document):
     path = tmp_path / "cluster.yaml"
     path.write_text(yaml.safe_dump(document, sort_keys=False), "utf-8")
     assert check(path, local=LOCAL)
+
+
+def places(node: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
+    """The paths of all keys and items of a document."""
+    items = node.items() if isinstance(node, dict) else enumerate(node)
+    found = []
+    for key, value in items:
+        found.append((*path, key))
+        if isinstance(value, dict | list):
+            found += places(value, (*path, key))
+    return found
+
+
+@pytest.mark.parametrize("file", [AWS, GCP, LOCAL_HOSTS, CLUSTER, JOB, STORAGE])
+def test_a_wrong_value_anywhere_gives_no_traceback(tmp_path, file):
+    generator, recipe = random.Random(0), load_config("alpaca-7b")
+    source = next(yaml.safe_load_all((ROOT / file).read_text("utf-8")))
+    for path in generator.choices(places(source), k=30):
+        document = json.loads(json.dumps(source))
+        parent = document
+        for key in path[:-1]:
+            parent = parent[key]
+        parent[path[-1]] = generator.choice([None, -1, "x", [], {}, [1], {"a": 1}, [None]])
+        broken = tmp_path / "broken.yaml"
+        broken.write_text(yaml.safe_dump(document), "utf-8")
+        assert all(isinstance(fault, str) for fault in check(broken, recipe, local=LOCAL))
 
 
 def test_versions_in_all_shipped_files_agree():

@@ -30,6 +30,7 @@ from .common import (
     secret_faults,
     strings,
     version_faults,
+    without_nulls,
 )
 from .kuberay import kubernetes_faults
 
@@ -55,7 +56,7 @@ def check(
     """
     try:
         text = Path(path).read_text("utf-8")
-        documents = [d for d in yaml.safe_load_all(text) if d is not None]
+        documents = [without_nulls(d) for d in yaml.safe_load_all(text) if d is not None]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error.__class__.__name__}: {error})") from None
     except yaml.YAMLError as error:
@@ -79,7 +80,11 @@ def _launcher_faults(
     raw: dict[str, Any], recipe: Config | None, local: Versions
 ) -> Iterator[Fault]:
     """The faults of a file that `ray up` reads. Later checks rely on what earlier ones found."""
-    faults = list(schema_faults(_for_ray(raw), _ray_schema()))
+    schema = _ray_schema()
+    if isinstance(raw.get("provider"), dict) and raw["provider"].get("type") == "local":
+        # Ray drops this key of provider local before its schema sees the file.
+        schema["properties"]["min_workers"] = schema["properties"]["max_workers"]
+    faults = list(schema_faults(raw, schema))
     if not faults:
         faults = [*_provider_faults(raw), *_size_faults(raw)]
         commands = {k: raw[k] for k in raw if k == "docker" or k.endswith("commands")}
@@ -98,13 +103,6 @@ def _launcher_faults(
         yield from lacking(recipe, _machines(raw, recipe), "worker_start_ray_commands")
     elif recipe is not None:
         yield from lacking(recipe, _node_types(prepared), "available_node_types")
-
-
-def _for_ray(raw: dict[str, Any]) -> dict[str, Any]:
-    """Ray drops a top-level min_workers of provider local before its schema sees the file."""
-    provider = raw.get("provider")
-    is_local = isinstance(provider, dict) and provider.get("type") == "local"
-    return {k: v for k, v in raw.items() if not (is_local and k == "min_workers")}
 
 
 def _ray_schema() -> dict[str, Any]:

@@ -61,9 +61,9 @@ class Offer(NamedTuple):
 def load_schemas(name: str) -> dict[str, Any]:
     """The JSON schemas of a file in schemas/, by their names.
 
-    Its notation: ``key: type``, ``key!`` is required, a list is an enumeration, /.../ is a pattern,
-    a mapping is a section, or a list of sections, that has no other keys; ``names`` and ``more``
-    list keys of any type.
+    Its notation: ``key: type``; ``key!`` is required; a list is an enumeration; /.../ is a pattern;
+    a mapping is a section that has no other keys, ``key[]`` a list of such sections, ``key*`` a
+    section or a list of them; ``names`` and ``more`` list keys of any type.
     """
     text = (resources.files(__package__) / "schemas" / name).read_text("utf-8")
     return {key: _schema(node) for key, node in yaml.safe_load(text).items()}
@@ -74,13 +74,22 @@ def _schema(node: Any) -> dict[str, Any]:
         return {"enum": node}
     if isinstance(node, str):
         return {"pattern": f"^{node[1:-1]}$"} if node.startswith("/") else _TYPES[node]
-    keys = {key: value for key, value in node.items() if key not in ("names", "more")}
     names = f"{node.get('names', '')} {node.get('more', '')}".split()
     properties: dict[str, Any] = {name: {} for name in names}
-    properties |= {key.removesuffix("!"): _schema(value) for key, value in keys.items()}
-    section = {"properties": properties, "additionalProperties": False}
-    section["required"] = [key[:-1] for key in keys if key.endswith("!")]
-    return {"type": ["object", "array"], "items": section, **section}
+    required = []
+    for key, value in node.items():
+        if key in ("names", "more"):
+            continue
+        name, schema = key.rstrip("!*[]"), _schema(value)
+        if key.endswith("[]"):
+            schema = {"type": "array", "items": schema}
+        elif key.endswith("*"):
+            schema = {"if": {"type": "array"}, "then": {"items": schema}, "else": schema}
+        elif key.endswith("!"):
+            required.append(name)
+        properties[name] = schema
+    section = {"properties": properties, "required": required, "additionalProperties": False}
+    return {"type": "object", **section}
 
 
 def join(*parts: str | int) -> str:
@@ -88,16 +97,19 @@ def join(*parts: str | int) -> str:
 
 
 def schema_faults(document: Any, schema: Mapping[str, Any], at: str = "") -> Iterator[Fault]:
-    """Each violation of a JSON schema; a key without a value counts as missing."""
+    """Each violation of a JSON schema."""
     validator = jsonschema.validators.validator_for(schema)(schema)
-    for error in validator.iter_errors(_with_values(document)):
+    for error in validator.iter_errors(document):
         yield from violation(error, at)
 
 
-def _with_values(node: Any) -> Any:
+def without_nulls(node: Any) -> Any:
+    """A document without keys and items that have no value: they count as missing."""
     if isinstance(node, dict):
-        return {key: _with_values(value) for key, value in node.items() if value is not None}
-    return [_with_values(item) for item in node] if isinstance(node, list) else node
+        return {key: without_nulls(value) for key, value in node.items() if value is not None}
+    if isinstance(node, list):
+        return [without_nulls(item) for item in node if item is not None]
+    return node
 
 
 def violation(error: jsonschema.ValidationError, at: str = "") -> Iterator[Fault]:

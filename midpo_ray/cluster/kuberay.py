@@ -143,7 +143,11 @@ def _kubernetes_schema_faults(document: dict[str, Any], at: str) -> Iterator[Fau
         raise UserError(
             "Kubernetes manifests need kubernetes-validate: pip install 'midpo_ray[kuberay]'"
         ) from None
-    if "spec" not in document and document.get("kind") == "Pod":
+    for key in ("apiVersion", "kind"):
+        if not isinstance(document.get(key), str):
+            yield join(at, key), "a text is expected"
+            return
+    if "spec" not in document and document["kind"] == "Pod":
         yield join(at, "spec"), "missing"
         return
     try:
@@ -151,7 +155,7 @@ def _kubernetes_schema_faults(document: dict[str, Any], at: str) -> Iterator[Fau
     except kubernetes_validate.ValidationError as error:
         yield from violation(error, at)
     except (kubernetes_validate.SchemaNotFoundError, KeyError):
-        kind = f"{document.get('apiVersion')} {document.get('kind')}"
+        kind = f"{document['apiVersion']} {document['kind']}"
         yield join(at, "kind"), f"{kind} is not a kind of Kubernetes {KUBERNETES}"
 
 
