@@ -161,6 +161,11 @@ CASES: dict[str, tuple[Callable[[Bench], list[str]], list[str]]] = {
         spoil(lambda b: b.data.write_bytes(b.data.read_bytes() + b'{"prompt": "\xff\xfe"}\n')),
         ["pairs.jsonl", "UTF-8"],
     ),
+    "longer than the model's positions": (
+        sets("data.max_length=4096"),
+        ["data.max_length", "4096", "512"],
+    ),
+    "workers below 1": (sets("scores.workers=-3"), ["scores.workers", "-3"]),
     "prompt too long": (spoil(long_prompt), ["pairs.jsonl:3", "max_length"]),
     "response of no tokens": (
         spoil(lambda b: b.row(response_1="")),

@@ -14,8 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
+import smallworld
 
 from midpo_ray import UserError, load_config
+from midpo_ray.cli import main
 from midpo_ray.pipeline import lock as lock_module
 from midpo_ray.pipeline.lock import LOCK, check_lock, run_lock
 from midpo_ray.pipeline.manifest import Manifest
@@ -216,3 +218,48 @@ def test_two_manifests_lose_nothing_of_each_other(tmp_path: Path) -> None:
     assert set(Manifest(Storage(tmp_path)).content["stages"]) == {"safety", "helpfulness"}
     one.claim(load_config("miniature"))
     assert set(Manifest(Storage(tmp_path)).content["stages"]) == {"safety", "helpfulness"}
+
+
+def test_every_command_that_changes_a_run_directory_takes_the_lock(
+    tmp_path: Path, tiny_model_dir, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr("midpo_ray.pipeline.cluster.connect", unexpected)
+    data = smallworld.write(tmp_path / "pairs.jsonl", smallworld.rows(30))
+    recipe = smallworld.recipe(tmp_path, tiny_model_dir(), data)
+    study = tmp_path / "study.yaml"
+    contenders = [{"name": "base", "serve": "base"}, {"name": "safety", "serve": "safety"}]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "how", "harmful": False}) + "\n")
+    study.write_text(
+        json.dumps(
+            {
+                "recipe": str(recipe),
+                "seeds": [0],
+                "main": "safety",
+                "contenders": contenders,
+                "sets": [str(prompts)],
+                "judges": ["phrases"],
+            }
+        )
+    )
+    folder = tmp_path / "run"
+    holder = hold(folder)
+    try:
+        before = content(folder)
+        for command in (
+            ("run", recipe),
+            ("reward", recipe),
+            ("tune", "tune_spaces/joint.yaml", "--recipe", recipe),
+            ("study", study),
+        ):
+            words = [str(word) for word in (*command, "--run-dir", folder)]
+            assert (command, main(words)) == (command, 2)
+            assert f"process {holder.pid} " in capsys.readouterr().err
+            assert content(folder) == before
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def unexpected(*_: object) -> None:
+    raise AssertionError("Ray is started although another process holds the lock")

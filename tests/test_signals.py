@@ -7,9 +7,10 @@ import pyarrow as pa
 import pytest
 
 from midpo_ray import UserError
-from midpo_ray.config import Config
+from midpo_ray.config import Config, Optim
 from midpo_ray.data.schema import Document, Pair, response_key
 from midpo_ray.pipeline.plan import fingerprints
+from midpo_ray.pipeline.run import router_warnings
 from midpo_ray.pipeline.score import make_units, response_rows
 from midpo_ray.pipeline.signals import Scored, stage_table
 from midpo_ray.storage import Storage
@@ -216,3 +217,22 @@ def test_units_hold_to_the_budget_and_keep_a_prompts_rows_together() -> None:
     assert sorted(p for unit in prompts for p in unit) == sorted(2 * [f"p{i}" for i in range(10)])
     assert all(unit[::2] == unit[1::2] for unit in prompts)
     assert make_units([], 20) == []
+
+
+@pytest.mark.parametrize(
+    ("pairs", "held_out", "optim", "count"),
+    [
+        (300, 30, {"steps": 100}, 0),
+        (229, 30, {"steps": 100}, 1),
+        (300, 30, {"steps": 49}, 1),
+        (300, 30, {"epochs": 3, "batch_size": 16}, 0),  # 51 steps
+        (300, 30, {"epochs": 2, "batch_size": 16}, 1),
+        (300, 0, {"steps": 100}, 1),
+        (12, 0, {"steps": 2}, 3),
+    ],
+)
+def test_a_router_on_little_data_is_reported(pairs, held_out, optim, count) -> None:
+    summary = {"pairs": pairs, "validation pairs": held_out}
+    lines = router_warnings(summary, Optim(**optim))
+    assert len(lines) == count
+    assert all("\n" not in line for line in lines)

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import EXPERTS, Config
+from ..config import EXPERTS, Config, Optim
 from ..data.selection import require, select
 from ..storage import Storage
 from . import cluster
@@ -24,8 +24,7 @@ from .train import train, wait_for_groups
 
 log = logging.getLogger(__name__)
 
-# A router that is trained on less is reported loudly: its gates hardly move from where they start.
-_FEW_PAIRS = 200
+_FEW_PAIRS = 200  # a router that is trained on fewer is reported loudly
 _FEW_STEPS = 50
 
 
@@ -98,6 +97,28 @@ def run(
 def _plan(config: Config, manifest: Manifest, until: str | None) -> list[Step]:
     manifest.refuse_other(config)
     return plan(config, manifest, until)
+
+
+def router_warnings(summary: dict[str, Any], optim: Optim) -> list[str]:
+    """What makes a router's gates doubtful: few pairs, few steps, no validation pair.
+
+    Args:
+        summary: of the router's table (``signals.stage_table``).
+    """
+    held_out = summary["validation pairs"]
+    pairs = summary["pairs"] - held_out
+    steps = optim.steps or math.ceil(optim.epochs * pairs / optim.batch_size)
+    doubtful = "the router's gates may hardly differ from their start"
+    lines = []
+    if pairs < _FEW_PAIRS:
+        lines.append(
+            f"router: only {pairs} training pairs, at least {_FEW_PAIRS} are usual: {doubtful}"
+        )
+    if steps < _FEW_STEPS:
+        lines.append(f"router: only {steps} steps, at least {_FEW_STEPS} are usual: {doubtful}")
+    if not held_out:
+        lines.append("router: no validation pair, so overfitting will not be seen")
+    return lines
 
 
 class _Job:
@@ -175,25 +196,9 @@ class _Job:
             shown = ", ".join(f"{k} {v}" for k, v in summary.items() if k != "dropped")
             log.info("%s: %s", stage, shown)
             if stage == "dual":
-                self._warn_of_little_data(summary)
+                for line in router_warnings(summary, self.config.router.optim):
+                    log.warning(line)
                 self._commit("dual", time.monotonic() - started)
-
-    def _warn_of_little_data(self, summary: dict[str, Any]) -> None:
-        held_out = summary["validation pairs"]
-        pairs, optim = summary["pairs"] - held_out, self.config.router.optim
-        steps = optim.steps or math.ceil(optim.epochs * pairs / optim.batch_size)
-        if pairs < _FEW_PAIRS:
-            log.warning(
-                "router: %d training pairs are few (fewer than %d): its gates may mean little",
-                pairs, _FEW_PAIRS,
-            )  # fmt: skip
-        if steps < _FEW_STEPS:
-            log.warning(
-                "router: %d training steps are few (fewer than %d): its gates may mean little",
-                steps, _FEW_STEPS,
-            )  # fmt: skip
-        if not held_out:
-            log.warning("router: there is no validation pair: overfitting will not be seen")
 
     def _evaluate(self) -> None:
         started = time.monotonic()
