@@ -1,4 +1,4 @@
-"""From the scored table to what each stage trains on: the constants of every objective, against numbers made by hand."""
+"""From the scored table to what each stage trains on: every objective's constants, by hand."""
 
 import math
 from pathlib import Path

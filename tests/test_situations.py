@@ -1,4 +1,4 @@
-"""Environments in which a local cluster is awkward to start: each run works, or ends in one line."""
+"""Environments in which a local cluster is hard to start: a run works, or ends in one line."""
 
 from __future__ import annotations
 

@@ -83,22 +83,15 @@ def test_a_lost_node_is_waited_for_and_then_named(caplog):
     shortages = Shortages(90.0, clock=lambda: now[0])
     group = Group(workers=2, cpus_per_worker=1, label_selector={"midpo-group": "safety"})
     here = Node({"CPU": 2}, {"midpo-group": "safety"})
-    assert shortages.error("safety", group, [here]) is None
-    now[0] = 10.0
-    assert shortages.error("safety", group, []) is None
-    assert len(caplog.records) == 1
-    now[0] = 80.0
-    assert shortages.error("safety", group, [here]) is None  # it came back: the wait begins anew
-    assert shortages.error("safety", group, []) is None
-    now[0] = 169.0
-    assert shortages.error("safety", group, []) is None
-    now[0] = 170.0
-    told = str(shortages.error("safety", group, []))
-    assert (
-        "group of stage safety: 2 worker(s) of 1 CPU on nodes labelled {'midpo-group': 'safety'} are needed"
-        in told
-    )
-    assert "waited 90 s" in told
+    for time_, available in ((0, [here]), (10, []), (80, [here]), (81, []), (170, [])):
+        now[0] = time_
+        shortages.check("safety", group, available)  # the wait begins anew at 81
+    assert len(caplog.records) == 2
+    now[0] = 171.0
+    with pytest.raises(UserError) as error:
+        shortages.check("safety", group, [])
+    for part in ("safety", "2 worker(s)", "1 CPU", "midpo-group", "90 s"):
+        assert part in str(error.value)
 
 
 class Away:

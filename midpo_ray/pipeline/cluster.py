@@ -18,8 +18,8 @@ from ..user_code import USER_FOLDERS, user_folders
 
 log = logging.getLogger(__name__)
 
-# Ray Train reads these when it is imported: the health of workers is polled every 0.2 s (default 2),
-# an elastic group starts with fewer workers after 10 s (default 60), and Train's own preemption
+# Ray Train reads these when it is imported: workers' health is polled every 0.2 s (default 2), an
+# elastic group starts with fewer workers after 10 s (default 60), and Train's own preemption
 # watcher is off because watch.py handles nodes that are drained.
 TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
@@ -227,7 +227,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _short_folder() -> str | None:
-    """A folder for Ray's sockets where TMPDIR is too long for their paths; None: Ray's own choice."""
+    """A folder for Ray's sockets where TMPDIR is too long for their paths; None: Ray's choice."""
     if len(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) <= _LONGEST_TEMPORARY:
         return None
     for folder in ("/tmp", "/dev/shm", "/var/tmp"):
@@ -269,28 +269,55 @@ def disconnect() -> None:
     ray.shutdown()
 
 
+class Shortages:
+    """How long the cluster has lacked nodes for each stage's group.
+
+    Args:
+        limit: seconds to wait; Ray itself would wait for ever.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, limit: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limit, self.clock = limit, clock
+        self.since: dict[str, float] = {}
+
+    def check(self, stage: str, group: Group, available: Sequence[Node]) -> None:
+        """Note whether the nodes can hold the group; to be called regularly.
+
+        Raises:
+            UserError: they could not for ``limit`` seconds; the message names what is missing.
+        """
+        if hold([group], available) is None:
+            self.since.pop(stage, None)
+            return
+        line = missing(stage, group, available)
+        if stage not in self.since:
+            self.since[stage] = self.clock()
+            if self.limit:
+                log.warning("waiting up to %g s: %s", self.limit, line)
+        waited = self.clock() - self.since[stage]
+        if waited >= self.limit:
+            raise UserError(f"{line} (waited {waited:.0f} s); the same command resumes")
+
+
 def wait_for(stages: Sequence[tuple[str, Group]], timeout: float) -> None:
     """Return when the cluster's nodes can hold each stage's group by itself.
 
     Raises:
         UserError: they cannot after ``timeout`` seconds; the message names what is missing.
     """
-    deadline = time.monotonic() + timeout
-    is_asked = False
+    shortages, is_asked = Shortages(timeout), False
     try:
         while True:
             available = nodes()
-            lacking = next((s for s in stages if hold([s[1]], available) is not None), None)
-            if lacking is None:
+            for stage, group in stages:
+                shortages.check(stage, group, available)
+            if not shortages.since:
                 return
-            line = missing(*lacking, available)
-            if time.monotonic() >= deadline:
-                raise UserError(line + (f" (waited {timeout:g} s)" if timeout else ""))
             if not is_asked:
-                log.info("waiting up to %g s: %s", timeout, line)
                 is_asked = True
                 _ask_for([group for _, group in stages])
-            time.sleep(min(2.0, max(0.0, deadline - time.monotonic())))
+            time.sleep(min(2.0, timeout))
     finally:
         if is_asked:
             _ask_for([])  # or the autoscaler would keep nodes that nobody waits for
@@ -298,35 +325,8 @@ def wait_for(stages: Sequence[tuple[str, Group]], timeout: float) -> None:
 
 def _ask_for(groups: Sequence[Group]) -> None:
     """Ask an autoscaler for nodes that hold these groups, instead of those of the last call."""
-    from ray.autoscaler.sdk import request_resources
+    from ray.autoscaler.sdk import request_resources  # as Ray itself
 
     bundles = [bundle(g) for g in groups for _ in range(g.min_workers)]
     labels = [dict(g.label_selector) for g in groups for _ in range(g.min_workers)]
     request_resources(bundles=bundles, bundle_label_selectors=labels)
-
-
-class Shortages:
-    """How long running stages have lacked nodes for their groups; Ray itself would wait for ever.
-
-    Args:
-        timeout: ``cluster.resources_timeout``; a node gets at least ``RETURN`` seconds to return.
-        clock: monotonic seconds.
-    """
-
-    def __init__(self, timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self.limit, self.clock = max(timeout, RETURN), clock
-        self.since: dict[str, float] = {}
-
-    def error(self, stage: str, group: Group, available: Sequence[Node]) -> UserError | None:
-        """The error that ends the wait of a stage, or None; to be called regularly."""
-        if hold([group], available) is None:
-            self.since.pop(stage, None)
-            return None
-        line = missing(stage, group, available)
-        if stage not in self.since:
-            self.since[stage] = self.clock()
-            log.warning("a node is gone, waiting up to %g s: %s", self.limit, line)
-        waited = self.clock() - self.since[stage]
-        if waited < self.limit:
-            return None
-        return UserError(f"{line} (waited {waited:.0f} s); the same command resumes the run")

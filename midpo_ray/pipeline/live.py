@@ -28,7 +28,7 @@ REDRAW = 2.0  # seconds between two readings of the metrics files for a terminal
 
 
 class Live:
-    """Follows ``metrics/<stage>.jsonl`` of the stages; ``update`` is called often and does little."""
+    """Follows ``metrics/<stage>.jsonl`` of the stages; ``update`` may be called often."""
 
     def __init__(self, run: Storage, stages: Sequence[str]) -> None:
         self.metrics, self.stages = run / "metrics", list(stages)

@@ -1,9 +1,9 @@
 """A lock on a run directory, so that only one command at a time changes it.
 
-The lock is the file ``lock.json`` in the run directory. It names its holder and contains a heartbeat
+The lock is the file ``lock.json`` in the run directory. It names its holder and has a heartbeat
 that the holder renews. The lock of a process that has died on this host is taken over at once. The
-lock of another host is taken over when its heartbeat has not changed for a lease's time, measured by
-this host's clock alone.
+lock of another host is taken over when its heartbeat has not changed for ``LEASE`` seconds of this
+host's monotonic clock.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def check_lock(run: Storage) -> None:
     if held and current.get("token") != held:
         by = f" by {_name(current)}" if current else ""
         raise UserError(f"{run.uri}: the lock on the run directory was taken over{by}")
-    if not held and _is_alive_here(current):
+    if not held and _is_alive(current):
         raise UserError(_refusal(run, current))
 
 
@@ -78,7 +78,7 @@ def _acquire(run: Storage, mine: dict[str, Any]) -> None:
     while True:
         with _exclusively(run) as exclusive:
             current = _read(run)
-            if not current or _is_dead_here(current):
+            if not current or _is_alive(current) is False:
                 if current:
                     log.info("%s: %s has died, its lock is taken over", run.uri, _name(current))
                 _write(run, mine)
@@ -88,7 +88,7 @@ def _acquire(run: Storage, mine: dict[str, Any]) -> None:
                     if current.get("token") != mine["token"]:
                         raise UserError(_refusal(run, current))
                 return
-        if _is_alive_here(current) or not _expires(run, current):
+        if _is_alive(current) or not _expires(run, current):
             raise UserError(_refusal(run, current))
         log.info("%s: %s sends no heartbeat, its lock is taken over", run.uri, _name(current))
         with _exclusively(run):
@@ -175,13 +175,11 @@ def _process_start(process: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
-def _is_alive_here(holder: dict[str, Any]) -> bool:
-    here = holder.get("machine") == _machine()
-    return here and _process_start(holder["process"]) == holder.get("process_start")
-
-
-def _is_dead_here(holder: dict[str, Any]) -> bool:
-    return holder.get("machine") == _machine() and not _is_alive_here(holder)
+def _is_alive(holder: dict[str, Any]) -> bool | None:
+    """Whether the holder's process is alive; None for one of another host, which is not known."""
+    if holder.get("machine") != _machine():
+        return None
+    return _process_start(holder["process"]) == holder.get("process_start")
 
 
 def _name(holder: dict[str, Any]) -> str:

@@ -23,7 +23,8 @@ MANIFEST = "manifest.json"
 class Manifest:
     """``manifest.json`` of one run, which is changed only under the run directory's lock.
 
-    Its content is {"recipe", "version", "stages": {name: {"parts", "files", "finished", "seconds"}}}.
+    Its content is {"recipe", "version", "stages": {name: record}}, where a record has the keys
+    parts, files (name -> SHA-256), finished and seconds.
 
     Raises:
         UserError: the file is there and is not a manifest.

@@ -43,7 +43,7 @@ VERSIONS = {
 
 @dataclass(frozen=True)
 class Step:
-    """One stage of a plan: the named parts of its fingerprint, and why it must run (None: it is done)."""
+    """One stage of a plan: its fingerprint's named parts, and why it must run (None: done)."""
 
     stage: str
     parts: dict[str, str]

@@ -60,7 +60,7 @@ def build_miniature(config: Config, cache: Storage) -> Any:
 
     if cache.local is None:
         raise UserError(
-            f"{BUILTIN}miniature needs a local or shared cache, {cache.uri} is remote: set cache=DIR"
+            f"{BUILTIN}miniature needs a local or shared cache, not {cache.uri}: set cache=DIR"
         )
     rows = next((s.rows for s in config.data.sets if s.path.startswith(BUILTIN) and s.rows), 2000)
 

@@ -1,4 +1,4 @@
-"""A run: score, both experts, dual data, router; a stage runs where it is missing or has changed."""
+"""A run: score, both experts, dual data, router. A stage runs if it is missing or has changed."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ def _scored(
 
 
 class FrozenModels:
-    """A scoring job's function: the signals of one phase; each model is loaded when it is needed."""
+    """A scoring job's function: the signals of one phase; a model is loaded when needed."""
 
     def __init__(
         self, config: Mapping[str, Any], signals: Sequence[str], null_ids: list[int], device: str

@@ -1,9 +1,9 @@
 """From the table of frozen signals to what a stage trains on.
 
-``scored/pairs.parquet`` holds the preference rows, ``scored/responses.parquet`` one row per distinct
-(prompt, response) with its tokens and every frozen signal. A stage's table joins them: chosen and
-rejected tokens, reference log-probabilities, and the constants that make preference_loss this
-stage's objective (margin, weights, scale). No model runs here, so a sweep's trials score nothing.
+``scored/pairs.parquet`` holds the preference rows, ``scored/responses.parquet`` one row per
+distinct (prompt, response) with its tokens and every frozen signal. A stage's table joins them:
+chosen and rejected tokens, reference log-probabilities, and the constants that make
+preference_loss this stage's objective (margin, weights, scale). No model runs here.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def _margin(
     chosen: pa.Table,
     rejected: pa.Table,
 ) -> torch.Tensor:
-    """The margin before λ, [B]: from the scorer of the stage's own preference, or the data's column."""
+    """The margin before λ, [B]: of the stage's own scorer, or of the data's margin column."""
     if objective.margin_from == "column":
         without = next((p.source for p in pairs if p.margin is None), None)
         if without:

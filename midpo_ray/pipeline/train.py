@@ -1,7 +1,7 @@
 """Training stages on the cluster: a graph of Ray tasks, each recorded as it ends.
 
-All stages are submitted at once. Ray starts what fits, queues the rest (so that an autoscaler learns
-of it), and starts the router when the experts that it depends on have ended.
+All stages are submitted at once. Ray starts what fits, queues the rest (so that an autoscaler
+learns of it), and starts the router when the experts that it depends on have ended.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def train(
         needed = list(running) if step.stage == "router" else []
         running[launch(stage_spec(config, step.stage, run, step.digest), needed)] = step.stage
     failures: dict[str, Exception] = {}
-    shortages, faults = cluster.Shortages(config.cluster.resources_timeout), Faults(run)
+    patience = max(config.cluster.resources_timeout, cluster.RETURN)
+    shortages, faults = cluster.Shortages(patience), Faults(run)
     look, end = time.monotonic() + LOOK, math.inf
     with Live(run, [step.stage for step in steps]) as live, _on_sigterm() as noticed:
         while running and time.monotonic() < end:
@@ -88,10 +89,11 @@ def train(
                 for task, stage in list(running.items()):
                     if stage == "router" and len(running) > 1:
                         continue  # it waits for its experts
-                    lacking = shortages.error(stage, config.group(stage), available)
-                    if lacking:
+                    try:
+                        shortages.check(stage, config.group(stage), available)
+                    except UserError as error:
+                        failures[stage] = error
                         ray.cancel(task, force=True)
-                        failures[stage] = lacking
     if noticed.is_set():
         raise KeyboardInterrupt
     if failures:  # in the order in which they happened: a router's is that of its expert
