@@ -335,6 +335,24 @@ def test_a_hub_name_out_of_reach():
     assert "\n" not in str(caught.value)
 
 
+def test_a_hub_set_is_read_at_its_revision(monkeypatch):
+    import datasets
+
+    asked = []
+    rows = datasets.Dataset.from_list([{**row, "when": 2**50} for row in numbered(3)])
+    rows = rows.cast_column("when", datasets.Value("timestamp[s]"))
+
+    def load(name, config, **keys):
+        asked.append((name, config, keys))
+        return rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    pairs, _ = read("some/set", revision="abc", split="train")
+    assert asked == [("some/set", None, {"split": "train", "revision": "abc"})]
+    assert [p.source for p in pairs] == [f"some/set row {n}" for n in (1, 2, 3)]
+    assert pairs[0].labels == (True, None, 1, 0)
+
+
 # Real files
 
 

@@ -12,7 +12,9 @@ from .files import Row
 from .schema import Message, Prompt
 
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
+CONTEXT_COLUMNS = ("context", "contextstring")
 QUESTION_COLUMNS = ("prompt", "question", "instruction", "query", "input")
+_MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")
 _MESSAGE = "a message is an object with the role system, user or assistant and a text as content"
 
 
@@ -34,8 +36,14 @@ def asked(row: Row, source: str, questions: Sequence[str] = QUESTION_COLUMNS) ->
     Raises:
         UserError: columns that contradict each other, or values that are neither text nor messages.
     """
-    present = [name for name in questions if not is_empty(row.get(name))]
-    system = next((name for name in SYSTEM_COLUMNS if not is_empty(row.get(name))), None)
+    filled = [name for name, value in row.items() if not is_empty(value)]
+    present = [name for q in questions for name in filled if name.lower() == q.lower()]
+    contexts = [name for name in filled if name.lower() in CONTEXT_COLUMNS]
+    system = next((name for name in filled if name.lower() in SYSTEM_COLUMNS), None)
+    if not is_empty(row.get("history")):
+        raise UserError(
+            f"{source}: column history is not read: write the conversation as messages in prompt"
+        )
     messages: list[Message] = []
     columns = present[:1]
     unused: list[str] = []
@@ -46,7 +54,7 @@ def asked(row: Row, source: str, questions: Sequence[str] = QUESTION_COLUMNS) ->
         else:
             messages = _turns(text_of(value, present[0], source))
         role, content = messages[-1]
-        for name in [*present[1:], *(n for n in _context_columns(row) if n not in present)]:
+        for name in [*present[1:], *contexts]:
             other = row[name]
             if is_messages(other):
                 unused.append(name)
@@ -54,11 +62,11 @@ def asked(row: Row, source: str, questions: Sequence[str] = QUESTION_COLUMNS) ->
             other = text_of(other, name, source)
             if other.strip() in content:
                 continue
-            if name == "input":
+            if name.lower() == "input":
                 content = f"{content}\n\n{other}"
-            elif name.lower().startswith("context"):
+            elif name in contexts:
                 content = f"{other}\n\n---\n\n{content}"
-            elif present[0] == "prompt":
+            elif present[0].lower() == "prompt":
                 unused.append(name)
                 continue
             else:
@@ -75,14 +83,6 @@ def asked(row: Row, source: str, questions: Sequence[str] = QUESTION_COLUMNS) ->
         elif messages[0][1].strip() != text.strip():
             raise UserError(f"{source}: {system} contradicts the system message of {columns[0]}")
     return Asked(messages, tuple(columns), system, tuple(unused))
-
-
-def _context_columns(row: Row) -> list[str]:
-    return [
-        name
-        for name, value in row.items()
-        if name.lower() in ("context", "contextstring") and not is_empty(value)
-    ]
 
 
 def _turns(text: str) -> list[Message]:
@@ -177,7 +177,7 @@ def as_messages(value: Any, name: str, source: str) -> list[Message]:
             content = _joined_parts(content, name, source)
         if role not in ("system", "user", "assistant") or not isinstance(content, str):
             raise UserError(f"{source}: {name} holds {short(message)}; {_MESSAGE}")
-        messages.append((role, content))
+        messages.append((role, _unicode(content, name, source)))
     if not messages:
         raise UserError(f"{source}: {name} is an empty list of messages")
     return joined(messages)
@@ -209,6 +209,12 @@ def text_of(value: Any, name: str, source: str) -> str:
         raise UserError(f"{source}: {name} is {short(value)}, a text is expected")
     if not value or value.isspace():
         raise UserError(f"{source}: {name} is empty, a text is expected")
+    if _MESSAGES_AS_TEXT.match(value):
+        raise UserError(f"{source}: {name} is a list of messages written as a text; use JSON lines")
+    return _unicode(value, name, source)
+
+
+def _unicode(value: str, name: str, source: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -264,9 +264,10 @@ class Tokenization:
                     chat_template=self.fixed_template,
                 )
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # only the tokenizer's own template runs here
+            what = " ".join(str(error).split())
             raise UserError(
-                f"{source}: the chat template does not take this conversation ({error})"
+                f"{source}: the chat template does not take this conversation ({what})"
             ) from None
 
 

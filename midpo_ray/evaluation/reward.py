@@ -136,6 +136,8 @@ def read_rows(config: Config, kinds: Sequence[str], say: Say) -> dict[str, list[
     if config.reward_model.train == "lora":
         check_targets(config.model, config.reward_model.lora, config.reward_model.layers)
     pairs, report = read_pairs(config.data.sets, seed=config.seed)
+    for line in report.lines():
+        say(f"data: {line}")
     rows: dict[str, list[Row]] = {}
     for kind in kinds:
         label = "better_response_id" if kind == "reward" else "safer_response_id"

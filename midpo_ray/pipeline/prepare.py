@@ -130,6 +130,7 @@ def read_and_tokenise(config: Config) -> Prepared:
         "kept": report.kept,
         "counts": left_out,
         "conflicts": report.conflicts,
+        "read_as": report.as_dict()["read_as"],
         "pairs": len(kept),
     }
     counted = "".join(f", {count} {reason}" for reason, count in left_out.items() if count)
