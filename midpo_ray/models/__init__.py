@@ -3,6 +3,7 @@
 from .assembly import load_routed, route, save_router
 from .base import add_lora, load_adapter, load_base, load_tokenizer, model_fingerprint
 from .logprobs import ResponseLogProbs
+from .probe import fit_probes, start_from_probes
 from .routed import RoutedCausalLM
 from .scorers import load_scorer
 
@@ -10,6 +11,7 @@ __all__ = [
     "ResponseLogProbs",
     "RoutedCausalLM",
     "add_lora",
+    "fit_probes",
     "load_adapter",
     "load_base",
     "load_routed",
@@ -18,4 +20,5 @@ __all__ = [
     "model_fingerprint",
     "route",
     "save_router",
+    "start_from_probes",
 ]
