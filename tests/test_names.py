@@ -14,7 +14,6 @@ OPEN = {
     "Plan",
     "Step",
     "Unit",
-    "describe",
     "judge",
     "lines",
     "plain",

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from midpo_ray.config import Data, DataSet
 from midpo_ray.data import Document, Pair, Tokenization, read_pairs
-from midpo_ray.data.inspect import describe, special_faults
+from midpo_ray.data.inspect import describe_pairs, special_faults
 from midpo_ray.data.read import ReadReport
 from midpo_ray.data.tokens import PAPER
 from midpo_ray.errors import UserError
@@ -296,7 +296,7 @@ def test_inspect_text_alone():
             (("user", "q"),), ("a", "b"), safe=(True, True), better=1, safer=0, source="a.jsonl:3"
         ),
     ]
-    text = describe(pairs, report, stage="safety", show=1)
+    text = describe_pairs(pairs, report, stage="safety", show=1)
     for part in (
         "a.jsonl: 4 rows, 3 taken", "3 pairs, 2 prompts", "dropped: 1 identical responses", "... and 2 conflicts more",
         "better_response_id: 0 1, 1 1, null 1", "safe flags: both safe 1, one safe 2", "better and safer: differ 1, same 1",
@@ -304,9 +304,9 @@ def test_inspect_text_alone():
         "pair a.jsonl:1: chosen is response 0", "words", "user: p \\x1b[2J",
     ):  # fmt: skip
         assert part in text, part
-    assert "router (rule labels)" in describe(pairs, report)
-    assert "read scores" in describe(pairs, report, stage="pareto")
-    assert "no pair to measure" in describe(pairs[2:], report, stage="safety")
+    assert "router (rule labels)" in describe_pairs(pairs, report)
+    assert "read scores" in describe_pairs(pairs, report, stage="pareto")
+    assert "no pair to measure" in describe_pairs(pairs[2:], report, stage="safety")
 
 
 def test_inspect_token_by_token(byte_tokenizer):
@@ -314,7 +314,7 @@ def test_inspect_token_by_token(byte_tokenizer):
         byte_tokenizer, data(template="{prompt}:", max_length=40, max_prompt_length=30)
     )
     pairs = [pair("ab", "yes", "n" * 50), pair("a</s>b", "yes", "no", source="a.jsonl:8")]
-    text = describe(pairs, ReadReport(), tokenization=tokenization, show=1)
+    text = describe_pairs(pairs, ReadReport(), tokenization=tokenization, show=1)
     assert "  prompt: 4 tokens\n    mask 0 | <s> a b :\n" in text
     assert "  response 0, ends with EOS: 4 tokens\n    mask 1 | y e s </s>" in text
     assert "response 1, cut, no EOS: 36 tokens" in text

@@ -47,7 +47,7 @@ def inspect(
     show: Annotated[int, option("N", "Pairs that are printed token by token.")] = 2,
 ) -> None:
     """Print what a preference set holds, before training."""
-    from ..data.inspect import describe
+    from ..data.inspect import describe_pairs
     from ..data.read import read_pairs
     from ..data.tokens import Tokenization
     from ..models.base import load_tokenizer
@@ -61,7 +61,7 @@ def inspect(
     tokenization = Tokenization(tokenizer, settings) if tokenizer else None
     rows = rule if stage == "router" else stage
     more: Any = {"tokenization": tokenization, "tokenizer": tokenizer, "show": show}
-    print(describe(pairs, report, stage=rows, **more))
+    print(describe_pairs(pairs, report, stage=rows, **more))
 
 
 @command("Prepare", "doctor --address auto")
@@ -122,7 +122,7 @@ def run(
 
 def _print_plan(settings: Config, run_dir: str | None, until: str | None) -> None:
     from ..pipeline.manifest import Manifest
-    from ..pipeline.plan import describe, plan
+    from ..pipeline.plan import describe_plan, plan
     from ..pipeline.run import run_directory
 
     storage = run_directory(settings, run_dir)
@@ -132,7 +132,7 @@ def _print_plan(settings: Config, run_dir: str | None, until: str | None) -> Non
     print(f"\n# run directory {storage.uri}")
     for stage in ("safety", "helpfulness", "router"):
         print(f"# group of {stage}: {settings.group(stage).model_dump(mode='json')}")
-    print(describe(plan(settings, manifest, until)))
+    print(describe_plan(plan(settings, manifest, until)))
 
 
 @command("Train", "tune tune_spaces/joint.yaml --recipe miniature --samples 6")

@@ -21,7 +21,7 @@ WIDTH = 110
 _STAGES = ("safety", "helpfulness")
 
 
-def describe(
+def describe_pairs(
     pairs: Sequence[Pair],
     report: ReadReport,
     *,

@@ -220,6 +220,6 @@ def _hash_of(path: Path, size: int, changed: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def describe(steps: Sequence[Step]) -> str:
+def describe_plan(steps: Sequence[Step]) -> str:
     """The plan as text, one line per stage."""
     return "\n".join(f"  {s.stage:12} {'run: ' + s.reason if s.reason else 'done'}" for s in steps)
