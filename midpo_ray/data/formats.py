@@ -31,10 +31,12 @@ from .messages import (
 from .schema import Message, Pair, Prompt
 
 LABELS = ("is_response_0_safe", "is_response_1_safe", "better_response_id", "safer_response_id")
-_FLAGS, _IDS = LABELS[:2], LABELS[2:]
+_IDS = LABELS[2:]
+_WORDS = {"true": 1, "false": 0}
+_DIGITS = {"0": 0, "1": 1, "-1": -1, "0.0": 0, "1.0": 1, "-1.0": -1}
 # Text columns of these names are never a prompt.
 _METADATA = re.compile(
-    r"(.*_)?(id|ids|idx|index|uuid|hash|source|dataset|category|type|subset|split|task|topic|domain"
+    r"(.*_)?(id|ids|idx|index|uuid|hash|source|dataset|category|type|subset|split|domain"
     r"|lang|language|model|url|author|license|date|time|timestamp|label|labels|margin|score|rating"
     r"|score_.*|rating_.*|reward_.*|cost_.*)",
     re.IGNORECASE,
@@ -66,23 +68,21 @@ class LabelColumns:
         return [self._read(row.get(name), name, file, source) for name in LABELS]
 
     def _read(self, value: Any, name: str, file: str, source: str) -> bool | int | None:
-        text = str(value).strip().lower()
-        if is_empty(value) or (isinstance(value, str) and text in ("null", "none", "nan")):
-            return None
-        words = {"true": 1, "false": 0} if name in _FLAGS else {}
-        digits = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}
-        if name in _IDS:
-            digits |= {"-1": -1, "-1.0": -1}
-        label: int | None
+        kind, label = "a value", None
         if isinstance(value, str):
-            kind = "true or false as texts" if text in words else "numbers as texts"
-            label = (words | digits).get(text)
-        else:
-            kind = "a value"
-            number = isinstance(value, int | float) and (name in _FLAGS or value is not bool(value))
-            label = int(value) if number and value in digits.values() else None
-        if label is None:
-            allowed = "true, false" if name in _FLAGS else "0, 1, -1 (a tie)"
+            text = value.strip().lower()
+            if text in ("", "null", "none", "nan"):
+                return None
+            kind = "true or false as texts" if text in _WORDS else "numbers as texts"
+            label = _WORDS.get(text, _DIGITS.get(text))
+        elif is_empty(value):
+            return None
+        elif isinstance(value, int | float) and value in (0, 1, -1):
+            label = int(value)
+        is_id = name in _IDS
+        is_word = isinstance(value, bool) or kind.startswith("true")
+        if label is None or (is_word if is_id else label < 0):
+            allowed = "0, 1, -1 (a tie)" if is_id else "true, false"
             raise UserError(f"{source}: {name} is {short(value)}, allowed are {allowed} and null")
         first, where = self.kinds.setdefault((file, name), (kind, source))
         if kind != first:
@@ -91,9 +91,9 @@ class LabelColumns:
                 "is expected in a column"
             )
         self.values.setdefault((file, name), Counter())[label] += 1
-        if name in _FLAGS:
-            return bool(label)
-        return None if label < 0 else label
+        if is_id:
+            return None if label < 0 else label
+        return bool(label)
 
     def notes(self) -> list[str]:
         """What was converted. Raises UserError where -1 could mean response 0 instead of a tie."""

@@ -36,10 +36,13 @@ def asked(row: Row, source: str, questions: Sequence[str] = QUESTION_COLUMNS) ->
     Raises:
         UserError: columns that contradict each other, or values that are neither text nor messages.
     """
-    filled = [name for name, value in row.items() if not is_empty(value)]
-    present = [name for q in questions for name in filled if name.lower() == q.lower()]
-    contexts = [name for name in filled if name.lower() in CONTEXT_COLUMNS]
-    system = next((name for name in filled if name.lower() in SYSTEM_COLUMNS), None)
+    filled: dict[str, str] = {}  # names by their lower case
+    for name, value in row.items():
+        if not is_empty(value) and filled.setdefault(name.lower(), name) != name:
+            raise UserError(f"{source}: columns {filled[name.lower()]} and {name} are alike")
+    present = [filled[name.lower()] for name in questions if name.lower() in filled]
+    contexts = [filled[name] for name in CONTEXT_COLUMNS if name in filled]
+    system = next((filled[name] for name in SYSTEM_COLUMNS if name in filled), None)
     if not is_empty(row.get("history")):
         raise UserError(
             f"{source}: column history is not read: write the conversation as messages in prompt"

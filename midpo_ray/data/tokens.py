@@ -62,7 +62,7 @@ class Tokenization:
                 "or a text with {prompt}"
             )
         own_template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
-        self.fixed_template = _with_fixed_date(own_template, name) if self.chat else None
+        self.fixed_template = with_fixed_date(own_template, name) if self.chat else None
         self.dated = self.fixed_template is not None
         self.template = PAPER if data.template in ("auto", "paper") else data.template
         if "{prompt}" not in self.template and not self.chat:
@@ -145,7 +145,7 @@ class Tokenization:
             content.pop("truncation", None)
             content.pop("padding", None)
         template = self.tokenizer.chat_template if self.chat else self.template
-        example = self._render([("user", "x"), ("assistant", "y"), ("user", "z")], "chat template")
+        example = self._render([("user", "x")], "chat template")
         lengths = (self.max_length, self.max_prompt_length)
         return digest(content, template, self.bos, self.eos, *lengths, self.null_ids, example)
 
@@ -271,7 +271,7 @@ class Tokenization:
             ) from None
 
 
-def _with_fixed_date(template: str, name: str) -> str | None:
+def with_fixed_date(template: str, name: str) -> str | None:
     """The template with calls of ``strftime_now`` replaced by a date; None without any."""
     if not _NOW.search(template):
         return None

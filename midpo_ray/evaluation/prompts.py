@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 from ..config import digest
 from ..data.files import Row, read_rows
-from ..data.messages import asked, checked, is_empty
+from ..data.messages import asked, checked, is_empty, text_of
 from ..data.schema import Message
 from ..errors import UserError
 
@@ -167,10 +167,7 @@ def _prompt(row: Row, source: str, title: str, column: str | None) -> tuple[Prom
     if column is not None and column not in row:
         names = ", ".join(sorted(row)) or "none"
         raise UserError(f"{source}: no column {column}, which --sets names; there are {names}")
-    lower: dict[str, str] = {}
-    for name in row:
-        if lower.setdefault(name.lower(), name) != name:
-            raise UserError(f"{source}: columns {lower[name.lower()]} and {name} are alike")
+    lower = {name.lower(): name for name in row}
     candidates = [lower[c] for c in COLUMNS if c in lower and not is_empty(row[lower[c]])]
     used = column
     if used is None and candidates:
@@ -184,6 +181,8 @@ def _prompt(row: Row, source: str, title: str, column: str | None) -> tuple[Prom
         )
     questions = [used, "input"] if used == lower.get("instruction") else [used]
     question = asked(row, source, questions)
+    if not question.columns:
+        text_of(row[used], used, source)
     messages = checked(question.messages, source)
     others = [c for c in candidates if c not in question.columns]
     origin = " and ".join([*question.columns, *([question.system] if question.system else [])])

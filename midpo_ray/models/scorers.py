@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Scorer
-from ..data.tokens import PAPER_BEGIN, PAPER_TURN, render_plain
+from ..data.tokens import PAPER_BEGIN, PAPER_TURN, render_plain, with_fixed_date
 from ..errors import UserError
 from ..user_code import load_function
 
@@ -178,6 +178,9 @@ class _ModelScorer:
         self.where, self.device = f"scorer {scorer.model}", device
         self.batch_tokens = batch_tokens or _BATCH_TOKENS.get(device.type, _BATCH_TOKENS["cpu"])
         self.config, self.tokenizer = describe_scorer(scorer)
+        if isinstance(self.tokenizer.chat_template, str):  # scores must not depend on the day
+            fixed = with_fixed_date(self.tokenizer.chat_template, str(scorer.model))
+            self.tokenizer.chat_template = fixed or self.tokenizer.chat_template
         names = list(self.config.architectures or [])
         self.is_pku = any(name.endswith(("ForScore", "ModelForScore")) for name in names)
         if self.is_pku:
