@@ -107,7 +107,7 @@ def bare(a: argparse.Namespace) -> dict[str, Any]:
     from midpo_ray.models import ResponseLogProbs, add_lora, load_base
     from midpo_ray.objectives import preference_loss
     from midpo_ray.pipeline.signals import Scored, stage_table
-    from midpo_ray.training.plan import Plan
+    from midpo_ray.training.schedule import BatchSchedule
     from midpo_ray.training.table import StageTable
 
     torch.set_num_threads(1)
@@ -120,7 +120,7 @@ def bare(a: argparse.Namespace) -> dict[str, Any]:
     ).train()
     trained = [p for p in policy.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(trained, lr=optim.lr, weight_decay=0.0)
-    plan, steps = Plan(table.lengths(optim.layout), optim, recipe_.seed), []
+    plan, steps = BatchSchedule(table.lengths(optim.layout), optim, recipe_.seed), []
     for number in range(plan.total):
         start = time.time()
         for rows in plan.micro_batches(number, 0, 1):

@@ -26,9 +26,9 @@ from sklearn.preprocessing import StandardScaler
 
 from midpo_ray.config import load_config
 from midpo_ray.data.schema import prompt_key
-from midpo_ray.evaluation.reward import Row, read_rows, scoring_config
 from midpo_ray.metrics import bootstrap_weighted
 from midpo_ray.models.scorers import plain_text
+from midpo_ray.pipeline.reward import Row, read_rows, scoring_config
 
 Texts = Sequence[tuple[str, str]]  # (prompt, response)
 STRENGTHS = (0.01, 0.1, 1.0, 10.0)

@@ -31,12 +31,11 @@ from midpo_ray.training.engine import (
     prepare,
     trained_state,
 )
-from midpo_ray.training.log import Metrics, lines_until
-from midpo_ray.training.loop import Result, fit, stop_on_sigterm
-from midpo_ray.training.plan import Due, Plan, due, learning_rate, step_seed
+from midpo_ray.training.loop import FitResult, fit, stop_on_sigterm
+from midpo_ray.training.metrics import MetricsLog, lines_until, means
+from midpo_ray.training.schedule import BatchSchedule, Due, due, learning_rate, step_seed
 from midpo_ray.training.steps import ExpertStep, RouterStep
 from midpo_ray.training.table import StageTable
-from midpo_ray.training.window import means
 
 LOGGING = config.Logging(every=3, validate_every=4, tensorboard=False)
 CHECKPOINT = config.Checkpoint(every_steps=2, keep=2)
@@ -62,7 +61,7 @@ def run(
     optim: config.Optim = OPTIM,
     routed: RoutedCausalLM | None = None,
     **keys: Any,
-) -> Result:
+) -> FitResult:
     first, storage = engine.group.rank == 0, Storage(str(folder))
     options = {"checkpoint": CHECKPOINT, "logging": LOGGING, **keys}
     return fit(
@@ -76,7 +75,7 @@ def run(
         checkpoints=Checkpoints(
             storage / "checkpoints", keep=options["checkpoint"].keep, digest="d"
         ),
-        metrics=Metrics(storage / "metrics", "safety", options["logging"]) if first else None,
+        metrics=MetricsLog(storage / "metrics", "safety", options["logging"]) if first else None,
         **options,
     )
 
@@ -108,7 +107,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> tuple[Path, dict[str, Tensor]]:
     folder, engine = tmp_path_factory.mktemp("undisturbed"), one()
-    assert run(engine, folder) == Result(TOTAL, TOTAL, 0)
+    assert run(engine, folder) == FitResult(TOTAL, TOTAL, 0)
     return folder, engine.state()
 
 
@@ -137,7 +136,7 @@ def test_again_does_nothing(undisturbed):
     folder, state = undisturbed
     before = (folder / "metrics/safety.jsonl").read_bytes()
     engine = one()
-    assert run(engine, folder) == Result(TOTAL, TOTAL, TOTAL)
+    assert run(engine, folder) == FitResult(TOTAL, TOTAL, TOTAL)
     assert same(engine.state(), state)
     assert (folder / "metrics/safety.jsonl").read_bytes() == before
 
@@ -158,7 +157,7 @@ def test_killed_and_resumed_is_the_same_to_the_last_bit(
 ):
     folder, state = undisturbed
     with pytest.raises(Killed):
-        run(one(), tmp_path, phase=kill_at(step, phase))
+        run(one(), tmp_path, heartbeat=kill_at(step, phase))
     with (
         open(tmp_path / "metrics/safety.jsonl", "ab")
         if step > 3
@@ -166,7 +165,7 @@ def test_killed_and_resumed_is_the_same_to_the_last_bit(
     ):
         file.write(b'{"step": 9')  # it was writing
     engine = one()
-    assert run(engine, tmp_path) == Result(TOTAL, TOTAL, resumed)
+    assert run(engine, tmp_path) == FitResult(TOTAL, TOTAL, resumed)
     assert same(engine.state(), state)
     assert (tmp_path / "metrics/safety.jsonl").read_bytes() == (
         folder / "metrics/safety.jsonl"
@@ -176,10 +175,10 @@ def test_killed_and_resumed_is_the_same_to_the_last_bit(
 def test_a_damaged_newest_checkpoint_costs_steps_and_nothing_else(tmp_path, undisturbed):
     folder, state = undisturbed
     with pytest.raises(Killed):
-        run(one(), tmp_path, phase=kill_at(7, "train"))
+        run(one(), tmp_path, heartbeat=kill_at(7, "train"))
     (tmp_path / "checkpoints" / name_of(6) / "trainable.safetensors").write_bytes(b"torn")
     engine = one()
-    assert run(engine, tmp_path) == Result(TOTAL, TOTAL, 4)
+    assert run(engine, tmp_path) == FitResult(TOTAL, TOTAL, 4)
     assert same(engine.state(), state)
     assert (tmp_path / "metrics/safety.jsonl").read_bytes() == (
         folder / "metrics/safety.jsonl"
@@ -190,7 +189,7 @@ def test_dropout_s_random_numbers_are_resumed(tmp_path):
     whole, killed = one(dropout=0.3), one(dropout=0.3)
     run(whole, tmp_path / "whole")
     with pytest.raises(Killed):
-        run(killed, tmp_path / "killed", phase=kill_at(6, "train"))
+        run(killed, tmp_path / "killed", heartbeat=kill_at(6, "train"))
     again = one(dropout=0.3)
     torch.manual_seed(99)
     run(again, tmp_path / "killed")
@@ -206,13 +205,13 @@ def test_sigterm_leaves_a_checkpoint_and_the_same_command_goes_on(tmp_path, undi
             signal.raise_signal(signal.SIGTERM)
 
     try:
-        stopped = run(one(), tmp_path, phase=notice, should_stop=stop_on_sigterm())
+        stopped = run(one(), tmp_path, heartbeat=notice, should_stop=stop_on_sigterm())
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert stopped == Result(5, TOTAL, 0)
+    assert stopped == FitResult(5, TOTAL, 0)
     assert not stopped.finished
     engine = one()
-    assert run(engine, tmp_path) == Result(TOTAL, TOTAL, 5)
+    assert run(engine, tmp_path) == FitResult(TOTAL, TOTAL, 5)
     assert same(engine.state(), state)
     assert (tmp_path / "metrics/safety.jsonl").read_bytes() == (
         folder / "metrics/safety.jsonl"
@@ -248,7 +247,7 @@ def test_trained_state_has_the_adapter_s_own_names(undisturbed):
 
 def test_a_wrong_reference_stops_before_the_first_step(tmp_path):
     wrong = table(reference_chosen=[-5.0] * 30)
-    with pytest.raises(UserError, match=r"must be 0\.6931 a pair.*reference"):
+    with pytest.raises(UserError, match=r"must be 0\.6931 per pair.*reference"):
         run(one(), tmp_path, wrong)
     assert not (tmp_path / "checkpoints").exists()
     margins = table(margin=[1.0] * 30)
@@ -258,7 +257,7 @@ def test_a_wrong_reference_stops_before_the_first_step(tmp_path):
 @pytest.mark.parametrize("checkpoint", [2, 50])
 def test_a_non_finite_loss_names_its_row_and_is_not_kept(tmp_path, checkpoint):
     engine = one()
-    victim = Plan(table().split()[0].lengths("tree"), OPTIM, 3).batch(1)[2]
+    victim = BatchSchedule(table().split()[0].lengths("tree"), OPTIM, 3).batch(1)[2]
 
     class Broken(ExpertStep):
         def __call__(self, batch):
@@ -353,7 +352,7 @@ def test_learning_rate(schedule):
 
 def test_plan_is_the_same_for_every_world_and_covers_an_epoch():
     lengths = [5 + i % 7 for i in range(23)]
-    plan = Plan(lengths, config.Optim(batch_size=4, epochs=1.5, batch_tokens=20), seed=1)
+    plan = BatchSchedule(lengths, config.Optim(batch_size=4, epochs=1.5, batch_tokens=20), seed=1)
     assert (plan.steps_per_epoch, plan.total) == (6, 9)
     assert sorted(i for step in range(6) for i in plan.batch(step)) == list(range(23))
     assert [plan.batch(step) for step in (7, 0, 7)] == [plan.batch(7), plan.batch(0), plan.batch(7)]
@@ -402,17 +401,17 @@ def test_lines_until():
 
 def test_tensorboard_files_and_missing_services(tmp_path):
     folder = Storage(tmp_path)
-    metrics = Metrics(folder, "safety", config.Logging(), tensorboard=str(tmp_path / "board"))
+    metrics = MetricsLog(folder, "safety", config.Logging(), tensorboard=str(tmp_path / "board"))
     metrics.resume(0)
     metrics.write({"step": 1, "split": "train", "loss": 0.5}, {"step": 1, "tokens_per_second": 3.0})
-    metrics.close()
+    metrics.__exit__(None)
     assert list((tmp_path / "board").glob("events*"))
     for service in ("wandb", "mlflow"):
         try:
             __import__(service)
         except ImportError:
             with pytest.raises(UserError, match=f"package {service} is not installed"):
-                Metrics(folder, "safety", config.Logging(**{service: "project"}))
+                MetricsLog(folder, "safety", config.Logging(**{service: "project"}))
 
 
 # --- two ranks ---
@@ -445,7 +444,7 @@ def whole_and_killed(
         whole = make(kind)
         run(whole, f"{folder}/{kind}-whole")
         with pytest.raises(Killed):
-            run(make(kind), f"{folder}/{kind}-killed", phase=kill_at(6, "train"))
+            run(make(kind), f"{folder}/{kind}-killed", heartbeat=kill_at(6, "train"))
         again = make(kind)
         result = run(again, f"{folder}/{kind}-killed")
         exact[kind] = result.resumed_from == 4 and same(again.state(), whole.state())
@@ -458,7 +457,7 @@ def whole_and_killed(
                 engines[1],
                 f"{folder}/router-{kind}-killed",
                 routed=routed[1],
-                phase=kill_at(6, "train"),
+                heartbeat=kill_at(6, "train"),
             )
         run(engines[2], f"{folder}/router-{kind}-killed", routed=routed[2])
         exact[f"router-{kind}"] = same(engines[0].state(), engines[2].state())
@@ -484,7 +483,7 @@ def test_two_ranks_all_stages_agree_with_one_and_resume_to_the_last_bit_and_elas
     kinds: list[str | int] = ["plain", 0, 1, 2, 3]
     for stage in ("plain", 2):
         with pytest.raises(Killed):
-            run(one(), tmp_path / f"grown-{stage}", phase=kill_at(6, "train"))
+            run(one(), tmp_path / f"grown-{stage}", heartbeat=kill_at(6, "train"))
     alone = routed_model(tmp_path)
     llama().save_pretrained(tmp_path / "base")
     run(plain(ResponseLogProbs(alone.model), OPTIM), tmp_path / "router", routed=alone)

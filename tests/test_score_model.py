@@ -31,8 +31,8 @@ from midpo_ray.models.scorers import load_scorer
 from midpo_ray.storage import Storage
 from midpo_ray.training.checkpoint import Checkpoints
 from midpo_ray.training.engine import plain, trained_state
-from midpo_ray.training.log import Metrics
 from midpo_ray.training.loop import fit
+from midpo_ray.training.metrics import MetricsLog
 from midpo_ray.training.steps import ScoreStep, StepBatch
 from midpo_ray.training.table import ScoreTable
 
@@ -137,6 +137,7 @@ def test_the_first_loss_is_known(tiny_model_dir):
         assert ScoreStep(module, kind).deviation(given).tolist() == [
             0.0,
             pytest.approx(terms * math.log(2), rel=1e-5),
+            6.0,
         ]
 
 
@@ -277,7 +278,7 @@ def test_it_learns_to_order_and_to_sign(tmp_path, tiny_model_dir, kind):
     fit(
         engine=engine, step=ScoreStep(engine, kind), table=table, optim=settings.reward_model.optim, seed=0,
         checkpoints=Checkpoints(Storage(tmp_path / "checkpoints"), keep=1, digest="d"),
-        metrics=Metrics(Storage(tmp_path), kind, settings.logging), checkpoint=settings.checkpoint, logging=settings.logging,
+        metrics=MetricsLog(Storage(tmp_path), kind, settings.logging), checkpoint=settings.checkpoint, logging=settings.logging,
     )  # fmt: skip
     *_, last = [json.loads(line) for line in (tmp_path / f"{kind}.jsonl").read_text().splitlines()]
     assert last["split"] == "validation"

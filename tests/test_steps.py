@@ -11,6 +11,7 @@ from torch import Tensor
 from training_world import expert, rows, table
 
 from midpo_ray.data.batching import collate
+from midpo_ray.training.schedule import allowed_deviation
 from midpo_ray.training.steps import ExpertStep, RouterStep, StepBatch
 from midpo_ray.training.table import SIGNALS, StageTable
 
@@ -110,7 +111,7 @@ def test_gradient_does_not_depend_on_layout_order_or_split(split, layout):
 def test_the_untrained_policy_has_the_analytic_loss():
     data, indices = table(**SIGNALLED), list(range(8))
     step = ExpertStep(expert(), beta=0.5, label_smoothing=0.1)
-    deviation, expected = step.deviation(batch_of(data, indices)).tolist()
+    deviation, expected, _ = step.deviation(batch_of(data, indices)).tolist()
     signals = [(SIGNALLED["margin"][i], SIGNALLED["scale"][i]) for i in indices]
     softplus = lambda x: math.log1p(math.exp(x))  # noqa: E731
     assert expected == pytest.approx(
@@ -119,6 +120,31 @@ def test_the_untrained_policy_has_the_analytic_loss():
     assert deviation < 1e-3
     wrong = table(**SIGNALLED, reference_chosen=[-3.0] * 30)
     assert float(step.deviation(batch_of(wrong, indices))[0]) > 1.0
+
+
+@pytest.mark.parametrize("k", [1.0, 0.1])
+def test_the_tolerance_before_training_takes_the_pair_weights_into_account(k):
+    """MODPO divides its log-ratios by k: bfloat16's noise in them counts 1 / k times."""
+    beta, half_a_nat = 0.1, 0.4
+    data = table(weight_chosen=[1 / k] * 30, weight_rejected=[1 / k] * 30)
+    exact, given = expert(), batch_of(data, range(8))
+
+    def noisy(tokens):
+        values = exact(tokens)
+        values[0::2] += half_a_nat
+        return values
+
+    step = ExpertStep(noisy, beta=beta)
+    deviation, _, sensitivity = (step.deviation(given) / 8).tolist()
+    assert sensitivity == pytest.approx(beta / k)
+    assert deviation == pytest.approx(
+        math.log(2) - math.log1p(math.exp(-beta / k * half_a_nat)), rel=1e-4
+    )
+    assert deviation < allowed_deviation("bfloat16", sensitivity)
+    assert (deviation > allowed_deviation("bfloat16", beta)) == (k == 0.1)  # without the weights
+    wrong = ExpertStep(lambda tokens: exact(tokens) + torch.tensor([0.0, 3.0] * 8), beta=beta)
+    deviation, _, sensitivity = (wrong.deviation(given) / 8).tolist()
+    assert deviation > allowed_deviation("bfloat16", sensitivity)
 
 
 def test_dpo_before_training_is_ln_2():

@@ -19,7 +19,7 @@ from midpo_ray import storage as storage_module
 from midpo_ray.config import Group
 from midpo_ray.errors import UserError
 from midpo_ray.pipeline.cluster import Node, Shortages
-from midpo_ray.pipeline.watch import STOP, Faults, Watch
+from midpo_ray.pipeline.watch import STOP, Faults, Watchdog
 from midpo_ray.storage import Storage
 
 
@@ -33,8 +33,8 @@ def wait_until(true, seconds: float = 10.0) -> None:
 def test_a_hang_is_named_and_ended(tmp_path):
     run, ended = Storage(tmp_path), threading.Event()
     faults = Faults(run)
-    with Watch(run, "safety", 1, "node-b", patience=0.2, end=ended.set) as watch:
-        watch.beat(7, "train")
+    with Watchdog(run, "safety", 1, "node-b", timeout=0.2, end=ended.set) as watch:
+        watch.heartbeat(7, "train")
         assert ended.wait(10)
     (line,) = faults.new()
     assert re.match(r"safety: rank 1 on node node-b hangs: step 7, phase train, for \d+ s", line)
@@ -47,30 +47,30 @@ def test_a_hang_is_named_and_ended(tmp_path):
 
 def test_beats_keep_the_watch_quiet(tmp_path):
     ended = threading.Event()
-    with Watch(Storage(tmp_path), "safety", 0, "node-a", patience=2.0, end=ended.set) as watch:
+    with Watchdog(Storage(tmp_path), "safety", 0, "node-a", timeout=2.0, end=ended.set) as watch:
         for step in range(30):
-            watch.beat(step, "train")
+            watch.heartbeat(step, "train")
             time.sleep(0.1)
     assert not ended.is_set()
 
 
 @pytest.mark.parametrize("how", ["run", "node"])
 def test_notices(tmp_path, monkeypatch, how):
-    monkeypatch.setattr("midpo_ray.pipeline.watch.ASK", 0.02)
+    monkeypatch.setattr("midpo_ray.pipeline.watch._NOTICE_INTERVAL", 0.02)
     run, leaving = Storage(tmp_path), threading.Event()
-    with Watch(run, "safety", 0, "node-a", patience=60, leaving=leaving.is_set) as watch:
+    with Watchdog(run, "safety", 0, "node-a", timeout=60, leaving=leaving.is_set) as watch:
         time.sleep(0.1)
-        assert not watch.noticed()
+        assert not watch.is_preempted()
         run.write(STOP, b"") if how == "run" else leaving.set()
-        wait_until(watch.noticed)
+        wait_until(watch.is_preempted)
 
 
 def test_a_later_attempt_ends_an_earlier_one(tmp_path, monkeypatch):
-    monkeypatch.setattr("midpo_ray.pipeline.watch.ASK", 0.02)
+    monkeypatch.setattr("midpo_ray.pipeline.watch._NOTICE_INTERVAL", 0.02)
     run, ended = Storage(tmp_path), threading.Event()
     run.write("work/owner", b"first")
-    with Watch(
-        run, "safety", 0, "node-a", patience=60, owner=("work/owner", b"first"), end=ended.set
+    with Watchdog(
+        run, "safety", 0, "node-a", timeout=60, owner=("work/owner", b"first"), end=ended.set
     ):
         time.sleep(0.2)
         assert not ended.is_set()

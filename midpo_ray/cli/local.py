@@ -169,7 +169,7 @@ def reward(
     run_dir: RunDir = None,
 ) -> None:
     """Train the reward and the cost model of a recipe, and measure them."""
-    from ..evaluation.reward import train_score_models
+    from ..pipeline.reward import train_score_models
 
     kinds = [kind] if kind else list(SCORES)
     settings = load_config(recipe, overrides or [])

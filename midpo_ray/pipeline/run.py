@@ -11,6 +11,7 @@ from typing import Any
 
 from ..config import EXPERTS, Config, Optim
 from ..data.selection import require, select
+from ..errors import UserError
 from ..storage import Storage
 from . import cluster
 from .lock import run_lock
@@ -19,7 +20,6 @@ from .plan import FOLDERS, Step, plan
 from .prepare import build_miniature, check_models, read_and_tokenise, resolve
 from .score import score
 from .signals import Scored, stage_table, view_of, write_table
-from .stages import evaluate_miniature
 from .train import train, wait_for_groups
 
 log = logging.getLogger(__name__)
@@ -204,7 +204,7 @@ class _Job:
         started = time.monotonic()
         log.info("evaluation: generating and judging")
         built = build_miniature(self.config, self.cache)
-        table = evaluate_miniature(self.config, self.run, built.prompts)
+        table = _evaluate_miniature(self.config, self.run, str(built.prompts))
         (self.run / "evaluation").write("table.json", json.dumps(table, indent=1).encode())
         self._commit("evaluation", time.monotonic() - started)
 
@@ -219,3 +219,22 @@ class _Job:
     def _commit_training(self, stage: str, seconds: float) -> None:
         self._commit(stage, seconds)
         self._work_of(stage).delete()  # not before: a kill in between would repeat the stage
+
+
+def _evaluate_miniature(config: Config, run: Storage, prompts: str) -> dict[str, Any]:
+    """The miniature's table (``evaluation.miniature``), computed by a Ray task on one core."""
+    import ray  # after ``cluster.connect``
+
+    if run.local is None or config.evaluate is None:
+        raise UserError(f"{run.uri}: the miniature's table needs a local or shared run directory")
+    task = ray.remote(num_cpus=1)(_evaluation_task)
+    return ray.get(task.remote(str(run.local), prompts, config.evaluate.model_dump()))
+
+
+def _evaluation_task(run: str, prompts: str, options: dict[str, Any]) -> dict[str, Any]:
+    import torch  # not in the driver
+
+    from ..evaluation.miniature import evaluate_run  # a layer above this one
+
+    torch.set_num_threads(1)
+    return evaluate_run(run, prompts, **options)

@@ -21,7 +21,7 @@ from ..storage import Storage
 from . import cluster
 from .live import Live
 from .plan import Step
-from .stages import launch, stage_spec
+from .stage import Outcome, StageSpec, launch
 from .watch import STOP, Faults
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,8 @@ def train(
     running: dict[Any, str] = {}  # task -> stage
     for step in steps:  # in the order of the plan: the router is last
         needed = list(running) if step.stage == "router" else []
-        running[launch(stage_spec(config, step.stage, run, step.digest), needed)] = step.stage
+        spec = StageSpec(config, step.stage, run.uri, step.digest)
+        running[launch(spec, needed)] = step.stage
     failures: dict[str, Exception] = {}
     patience = max(config.cluster.resources_timeout, cluster.RETURN)
     shortages, faults = cluster.Shortages(patience), Faults(run)
@@ -72,9 +73,9 @@ def train(
             for task in ready:
                 stage = running.pop(task)
                 try:
-                    outcome = ray.get(task)
-                    if "stopped" not in outcome:
-                        commit(stage, outcome["seconds"])
+                    result = ray.get(task)
+                    if result.outcome is Outcome.FINISHED:
+                        commit(stage, result.seconds)
                 except (ray.exceptions.RayError, UserError) as error:
                     failures.setdefault(stage, as_user_error(error, stage))
             if noticed.is_set() and end == math.inf:

@@ -158,10 +158,13 @@ class _Work:
 
         spec, group, config = unit.spec(self.folder.uri, self.wanted), unit.group, unit.config
         if group.max_workers > 1:
-            from ..pipeline.stages import launch, stage_spec
+            from ..pipeline.stage import StageSpec, launch
 
             home = prepare(spec, config, self.folder)
-            return launch(stage_spec(resolved(config, self.folder), unit.stage, home, unit.id))
+            stage = StageSpec(
+                resolved(config, self.folder), unit.stage, home.uri, unit.id, notice=self.folder.uri
+            )
+            return launch(stage)
         options: dict[str, Any] = {
             "num_cpus": group.cpus_per_worker,
             "num_gpus": group.gpus_per_worker,

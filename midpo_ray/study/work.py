@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import gc
 import json
-import os
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import EXPERTS, Config
+from ..errors import UserError
 from ..pipeline.plan import FOLDERS
-from ..pipeline.signals import stage_table, write_table
+from ..pipeline.signals import Scored, stage_table, write_table
+from ..pipeline.stage import Outcome, StageSpec, run_alone
 from ..storage import Storage
 from .spec import STAGES
 
@@ -79,12 +80,16 @@ def score(spec: dict[str, Any], config: Config, study: Storage) -> None:
     )
 
 
+@lru_cache(maxsize=1)
+def _scored(run: str) -> Scored:
+    """The table of frozen signals, read once per process."""
+    return Scored.load(Storage(run) / "scored")
+
+
 def prepare(spec: dict[str, Any], config: Config, study: Storage) -> Storage:
     """The training's folder as a run directory: the stage's table, and under a router the adapters that it is trained on."""
-    from ..tuning.trial import scored
-
     home, stage = study / spec["folder"], spec["stage"]
-    table, summary = stage_table(config, stage, scored((study / "worlds" / spec["world"]).uri))
+    table, summary = stage_table(config, stage, _scored((study / "worlds" / spec["world"]).uri))
     write_table(
         home / "dual" if stage == "router" else home / f"{FOLDERS[stage]}.work",
         "pairs.parquet",
@@ -102,55 +107,15 @@ def prepare(spec: dict[str, Any], config: Config, study: Storage) -> Storage:
 
 
 def train(spec: dict[str, Any], config: Config, study: Storage) -> None:
-    """A stage in this process, through DeepSpeed as everywhere; a killed one goes on from its checkpoint."""
-    import torch
-    import torch.distributed as dist
-
-    from ..pipeline.stages import build, save
-    from ..training.checkpoint import Checkpoints
-    from ..training.engine import trained_state
-    from ..training.log import Metrics
-    from ..training.loop import fit
-    from ..training.table import StageTable
-
-    stage, home = spec["stage"], prepare(spec, config, study)
-    config = resolved(config, study)
-    device = torch.device("cuda" if config.group(stage).gpus_per_worker > 0 else "cpu")
-    os.environ["LOCAL_RANK"] = "0"
-    if (
-        not dist.is_initialized()
-    ):  # a group of one, which stays for the trainings that follow: DeepSpeed keeps it
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=dist.HashStore(),
-            rank=0,
-            world_size=1,
-        )
-    work = home / f"{FOLDERS[stage]}.work"
-    with tempfile.TemporaryDirectory() as scratch:
-        model, engine, step = build(config, stage, home, device, Path(scratch))
-        metrics = Metrics(home / "metrics", stage, config.logging, tensorboard=None, run=spec["id"])
-        fit(
-            engine=engine,
-            step=step,
-            table=StageTable.load(home / "dual" if stage == "router" else work, "pairs.parquet"),
-            optim=config.optim(stage),
-            seed=config.seed_of_training,
-            checkpoints=Checkpoints(
-                work / "checkpoints", keep=config.checkpoint.keep, digest=spec["id"]
-            ),
-            metrics=metrics,
-            checkpoint=config.checkpoint,
-            logging=config.logging,
-            dtype=config.model.dtype,
-        )
-        metrics.close()
-        save(
-            config, stage, model, trained_state(engine, model, keep_dtype=True), home, Path(scratch)
-        )
-    work.delete()
-    del model, engine, step
-    gc.collect()
+    """A stage in this process; one that was killed is resumed from its checkpoint."""
+    home = prepare(spec, config, study)
+    stage = StageSpec(
+        resolved(config, study), spec["stage"], home.uri, spec["id"], notice=study.uri
+    )
+    result = run_alone(stage).raise_failure()
+    if result.outcome is not Outcome.FINISHED:
+        raise UserError(f"the study was stopped at step {result.step}: the same command resumes it")
+    stage.work.delete()
 
 
 def answer(spec: dict[str, Any], config: Config, study: Storage) -> None:

@@ -23,47 +23,45 @@ T = TypeVar("T")
 
 
 class Group:
-    """The ranks that train together; one process is a group of one. Control messages take gloo, so that no GPU waits for them."""
+    """The ranks that train together; one process is a group of one.
+
+    Control messages take gloo, so that no GPU waits for them.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         together = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if together else 0
         self.world = dist.get_world_size() if together else 1
-        self._control = (
-            dist.new_group(backend="gloo")
-            if self.world > 1 and dist.get_backend() != "gloo"
-            else None
-        )
+        self._control = None
+        if self.world > 1 and dist.get_backend() != "gloo":
+            self._control = dist.new_group(backend="gloo")
 
-    def sum(self, value: Tensor) -> Tensor:
+    def all_reduce(self, value: Tensor) -> Tensor:
         """The sum over the ranks of a tensor on ``device``, in place."""
         if self.world > 1:
             dist.all_reduce(value)
         return value
 
-    def max(self, *values: float) -> list[float]:
+    def all_reduce_max(self, *values: float) -> list[float]:
         """The largest of each number over the ranks, on all of them."""
-        if self.world == 1:
-            return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._control)
+        if self.world > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._control)
         return tensor.tolist()
 
-    def share(self, value: T) -> T:
+    def broadcast_object(self, value: T) -> T:
         """Rank 0's object, on all ranks."""
-        if self.world == 1:
-            return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._control)
+        if self.world > 1:
+            dist.broadcast_object_list(box, src=0, group=self._control)
         return box[0]
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """Every rank's object, by rank, on all ranks."""
-        if self.world == 1:
-            return [value]
-        box: list[Any] = [None] * self.world
-        dist.all_gather_object(box, value, group=self._control)
+        box: list[Any] = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(box, value, group=self._control)
         return box
 
 
@@ -148,7 +146,10 @@ class PlainEngine:
             torch.zeros_like(m) if m.grad is None else m.grad for m in self._masters.values()
         ]
         if self.group.world > 1:
-            flat = self.group.sum(torch.cat([g.flatten() for g in gradients])) / self.group.world
+            flat = (
+                self.group.all_reduce(torch.cat([g.flatten() for g in gradients]))
+                / self.group.world
+            )
             for gradient, part in zip(
                 gradients, flat.split([g.numel() for g in gradients]), strict=True
             ):

@@ -1,14 +1,15 @@
 """One micro-batch of each stage: ``step(batch) -> (loss, metrics)``, in plain torch.
 
-B pairs, S = 2B responses, L layers. ``loss`` is the sum over the pairs; the loop divides by the pairs of the global batch, so
-that neither accumulation nor the number of ranks changes a step. ``metrics`` are sums on the device: nothing here waits for it.
+B pairs, S = 2B responses, L layers. ``loss`` is the sum over the pairs; the loop divides it by the
+pairs of the global batch, so that neither accumulation nor the number of ranks changes a step.
+``metrics`` are sums on the device: nothing here waits for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -20,39 +21,52 @@ from ..objectives import bradley_terry_loss, cost_loss, gate_prior, preference_l
 if TYPE_CHECKING:
     from ..models.routed import RoutedCausalLM
 
-Policy = Callable[
-    [TokenBatch], Tensor
-]  # [S] nats, summed over each response; an engine or a ResponseLogProbs
-Metrics = dict[str, Tensor]
-PER_TOKEN = (
-    "safety_gate",
-    "helpfulness_gate",
-    "prior",
-)  # metrics summed over real tokens; all others over pairs
+# [S] nats, summed over each response; an engine or a ResponseLogProbs
+Policy = Callable[[TokenBatch], Tensor]
+MetricSums = dict[str, Tensor]
+PER_TOKEN = ("safety_gate", "helpfulness_gate", "prior")  # sums over tokens; the others over pairs
 
 
 @dataclass
 class StepBatch:
-    tokens: TokenBatch  # chosen of pair b is response 2b, rejected 2b + 1
-    signals: Mapping[
-        str, Tensor
-    ]  # the table's, each [B]; an expert's: reference_chosen, reference_rejected, margin, ...
-    pairs_per_token: float = (
-        0.0  # of the global batch that this is a part of: its pairs / its real tokens
-    )
+    """A micro-batch.
+
+    Args:
+        tokens: the chosen response of pair b is response 2b, the rejected one 2b + 1.
+        signals: the table's, each [B]; an expert's: reference_chosen, reference_rejected, ...
+        pairs_per_token: pairs of the global batch, divided by its tokens.
+        weight: the factor of the loss; 0 where a rank has no pair of its own and computes one only
+            because the collectives need every rank.
+        rows: the table's rows of this rank; empty with weight 0.
+    """
+
+    tokens: TokenBatch
+    signals: Mapping[str, Tensor]
+    pairs_per_token: float = 0.0
+    weight: float = 1.0
+    rows: list[int] = field(default_factory=list)
+
+    def counted(self, values: MetricSums) -> MetricSums:
+        """The sums that this batch adds to the global batch's."""
+        if self.weight:
+            return values
+        return {name: value * 0 for name, value in values.items()}
 
 
-class Step(Protocol):
-    beta: float  # how many nats of loss a unit of what the model gives is worth
-
-    def __call__(self, batch: StepBatch) -> tuple[Tensor, Metrics]: ...
+class TrainStep(Protocol):
+    def __call__(self, batch: StepBatch) -> tuple[Tensor, MetricSums]: ...
 
     def deviation(self, batch: StepBatch) -> Tensor:
-        """[2]: sums over the pairs of |loss - its known value before the first step|, and of that value."""
+        """Compare the loss before the first step with its analytic value.
+
+        Returns:
+            [3], sums over the pairs: |loss - analytic value|, the analytic value, and how much the
+            loss may change per nat of the policy's outputs.
+        """
 
 
 class ExpertStep:
-    """DPO and all that ``preference_loss`` covers; which of them is decided by the table's signals.
+    """DPO and everything else that ``preference_loss`` covers; the table's signals decide which.
 
     Args:
         policy: the model's log-probabilities.
@@ -63,7 +77,7 @@ class ExpertStep:
     def __init__(self, policy: Policy, *, beta: float, label_smoothing: float = 0.0) -> None:
         self.policy, self.beta, self.label_smoothing = policy, beta, label_smoothing
 
-    def __call__(self, batch: StepBatch) -> tuple[Tensor, Metrics]:
+    def __call__(self, batch: StepBatch) -> tuple[Tensor, MetricSums]:
         losses, metrics = preference(
             self.policy(batch.tokens), batch, self.beta, self.label_smoothing
         )
@@ -74,21 +88,19 @@ class ExpertStep:
         return nullcontext()
 
     def deviation(self, batch: StepBatch) -> Tensor:
-        """[2]: sums over the pairs of |loss - its analytic value for policy = reference|, and of that value.
-
-        ln 2 for DPO, softplus(m) for SPE-DPO, s ln 2 for B-DPO; a wrong reference shows at once.
-        """
+        """The analytic value is ln 2 for DPO, softplus(m) for SPE-DPO, s ln 2 for B-DPO."""
         with self.untrained(), torch.no_grad():
             losses, _ = preference(
                 self.policy(batch.tokens), batch, self.beta, self.label_smoothing
             )
-        zero = torch.zeros_like(losses)
-        signals = batch.signals
+        zero, signals = torch.zeros_like(losses), batch.signals
         expected = preference_loss(
-            zero, zero, zero, zero, beta=self.beta, margin=signals["margin"], scale=signals["scale"],
-            label_smoothing=self.label_smoothing,
+            zero, zero, zero, zero, beta=self.beta, margin=signals["margin"],
+            scale=signals["scale"], label_smoothing=self.label_smoothing,
         )  # fmt: skip
-        return torch.stack([(losses - expected).abs().sum(), expected.sum()])
+        weights = (signals["weight_chosen"] + signals["weight_rejected"]) / 2
+        sensitivity = self.beta * signals["scale"] * weights
+        return torch.stack([(losses - expected).abs().sum(), expected.sum(), sensitivity.sum()])
 
 
 class RouterStep(ExpertStep):
@@ -109,7 +121,7 @@ class RouterStep(ExpertStep):
         super().__init__(anchored, beta=beta)
         self.model, self.prior = model, prior
 
-    def __call__(self, batch: StepBatch) -> tuple[Tensor, Metrics]:
+    def __call__(self, batch: StepBatch) -> tuple[Tensor, MetricSums]:
         loss, metrics = super().__call__(batch)
         safety, helpfulness, mask = self.recorded.gates()
         tokens = metrics["tokens"]
@@ -137,9 +149,9 @@ class ScoreStep:
     """
 
     def __init__(self, policy: Policy, kind: str) -> None:
-        self.policy, self.kind, self.beta = policy, kind, 1.0
+        self.policy, self.kind = policy, kind
 
-    def __call__(self, batch: StepBatch) -> tuple[Tensor, Metrics]:
+    def __call__(self, batch: StepBatch) -> tuple[Tensor, MetricSums]:
         scores = self.policy(batch.tokens)
         chosen, rejected = scores[0::2], scores[1::2]
         losses = self._losses(chosen, rejected, batch)
@@ -162,7 +174,8 @@ class ScoreStep:
             losses = self._losses(scores[0::2], scores[1::2], batch)
         zero = torch.zeros_like(losses)
         expected = self._losses(zero, zero, batch)
-        return torch.stack([(losses - expected).abs().sum(), expected.sum()])
+        pairs = torch.full_like(losses.sum(), len(losses))
+        return torch.stack([(losses - expected).abs().sum(), expected.sum(), pairs])
 
     def _losses(self, chosen: Tensor, rejected: Tensor, batch: StepBatch) -> Tensor:
         if self.kind == "reward":
@@ -174,7 +187,7 @@ class ScoreStep:
 
 def preference(
     log_probabilities: Tensor, batch: StepBatch, beta: float, label_smoothing: float
-) -> tuple[Tensor, Metrics]:
+) -> tuple[Tensor, MetricSums]:
     """(loss of each pair [B], sums over the pairs) from the policy's [S] log-probabilities."""
     signals = batch.signals
     chosen, rejected = log_probabilities[0::2], log_probabilities[1::2]
@@ -203,7 +216,7 @@ def preference(
     return losses, metrics
 
 
-def _counts(batch: StepBatch, pairs: int) -> Metrics:
+def _counts(batch: StepBatch, pairs: int) -> MetricSums:
     real = (batch.tokens.document_ids >= 0).sum()
     return {
         "pairs": torch.full_like(real, pairs),

@@ -22,7 +22,7 @@ from ..config import Config, Group
 from ..errors import UserError
 from ..pipeline.cluster import scaling
 from ..pipeline.signals import Scored, stage_table
-from ..pipeline.stages import build
+from ..pipeline.stage import StageSpec, build
 from ..storage import Storage
 from .space import MEASURED
 
@@ -165,7 +165,6 @@ class Training:
         self, config: Config, stage: str, run: Storage, trial: str, device: Any, scratch: Path
     ) -> None:
         from ..training.checkpoint import Checkpoints
-        from ..training.plan import Plan
         from ..training.table import StageTable
 
         self.config, self.stage, self.optim = config, stage, config.optim(stage)
@@ -176,13 +175,10 @@ class Training:
             raise UserError(
                 f"{stage}: no pair is held out, so no trial can be measured: set data.validation"
             )
-        self.total = Plan(
-            self.table.lengths(self.optim.layout), self.optim, config.seed_of_training
-        ).total
         self.checkpoints = Checkpoints(
             run / f"trials/{trial}/{stage}", keep=config.checkpoint.keep, digest=trial
         )
-        self.build = lambda: build(config, stage, run, device, scratch)
+        self.build = lambda: build(StageSpec(config, stage, run.uri, trial), device, scratch)
         self.loaded: tuple[Any, Any, Any] | None = None
 
     def unload(self, unless: Training) -> None:
@@ -198,11 +194,10 @@ class Training:
         None where it was told to stop before.
         """
         from ..training.loop import fit, validate
-        from ..training.window import means
+        from ..training.metrics import means
 
         self.loaded = self.loaded or self.build()
         _, engine, step = self.loaded
-        last = max(1, round(share * self.total))
         result = fit(
             engine=engine,
             step=step,
@@ -214,13 +209,13 @@ class Training:
             checkpoint=self.config.checkpoint,
             logging=self.config.logging,
             dtype=self.config.model.dtype,
-            phase=lambda _, name: (
+            heartbeat=lambda _, name: (
                 clock.update(stepped=clock.get("stepped", time.time())) if name == "train" else None
             ),
             should_stop=should_stop,
-            until=last,
+            share=share,
         )
-        if result.step < last:
+        if not result.finished:
             return None
         values = means(validate(engine, step, self.held_out, self.optim))
         return {f"{self.stage}.{name}": values[name] for name in MEASURED}

@@ -1,4 +1,4 @@
-"""What a step does, as pure functions of its number: data, learning rate, random numbers, and what comes after it."""
+"""What a step does, as pure functions of its number: data, learning rate, seed, what follows it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .. import config
 from ..data.batching import plan_batches, split_batch
 
 
-class Plan:
-    """Which pairs each optimizer step takes, the same whatever the world's size.
+class BatchSchedule:
+    """Which pairs each optimizer step takes, the same for any number of ranks.
 
     Args:
         lengths: tokens of every pair.
@@ -28,24 +28,19 @@ class Plan:
         """The pairs of step ``step`` (from 0)."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._batches = (
-                epoch,
-                plan_batches(self.lengths, self.optim.batch_size, self.seed, epoch),
-            )
+            self._epoch = epoch
+            self._batches = plan_batches(self.lengths, self.optim.batch_size, self.seed, epoch)
         return self._batches[place]
 
     def micro_batches(self, step: int, rank: int, world: int) -> list[list[int]]:
-        """A rank's share of a step; as many for every rank, so some may be empty."""
-        return split_batch(
-            self.batch(step), self.lengths, world, self.optim.batch_tokens, self.optim.layout
-        )[rank]
-
-    def pairs_per_token(self, batch: Sequence[int]) -> float:
-        return len(batch) / sum(self.lengths[i] for i in batch)
+        """A rank's part of a step; the same number for every rank, so that some may be empty."""
+        optim = self.optim
+        parts = split_batch(self.batch(step), self.lengths, world, optim.batch_tokens, optim.layout)
+        return parts[rank]
 
 
 def learning_rate(step: int, total: int, optim: config.Optim) -> float:
-    """Of step ``step`` (from 0): linear warm-up that is nowhere 0 (ours), then cosine or linear towards 0, or constant."""
+    """The rate of step ``step`` (from 0): a linear warm-up that is never 0 (ours), then the schedule."""
     warmup = math.ceil(optim.warmup * total - 1e-9)
     if step < warmup:
         return optim.lr * (step + 1) / warmup
@@ -59,7 +54,7 @@ def learning_rate(step: int, total: int, optim: config.Optim) -> float:
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """The random numbers of a step on a rank: no generator's state has to outlive a process (ours)."""
+    """The seed of a step on a rank: no generator's state has to outlive a process (ours)."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:7], "big")
 
 
@@ -80,22 +75,28 @@ def due(
     since_checkpoint: float = 0.0,
     stop_requested: bool = False,
 ) -> Due:
-    """What comes after ``done`` of ``total`` steps, ``since_checkpoint`` seconds after the last checkpoint."""
+    """What follows ``done`` of ``total`` steps, ``since_checkpoint`` seconds after the last checkpoint."""
     last = done >= total
     by_steps = checkpoint.every_steps is not None and done % checkpoint.every_steps == 0
     by_time = checkpoint.every_seconds is not None and since_checkpoint >= checkpoint.every_seconds
+    by_validation = logging.validate_every is not None and done % logging.validate_every == 0
     return Due(
         log=last or done % logging.every == 0,
-        validate=last
-        or (logging.validate_every is not None and done % logging.validate_every == 0),
+        validate=last or by_validation,
         checkpoint=last or by_steps or by_time or stop_requested,
         stop=stop_requested and not last,
     )
 
 
-def allowed_deviation(dtype: str, beta: float) -> float:
-    """How far the mean loss of a pair may be from its analytic value before the first step (ours).
+def allowed_deviation(dtype: str, nats_per_unit: float) -> float:
+    """How far a pair's mean loss may be from its analytic value before the first step (ours).
 
-    float32 sums agree to a fraction of a thousandth of a nat; bfloat16 ones to about half a nat between two batch shapes.
+    Sums in float32 agree to a fraction of a thousandth of a nat, in bfloat16 to about half a nat
+    between two batch shapes.
+
+    Args:
+        nats_per_unit: how much the loss changes per nat of the policy's log-probabilities.
     """
-    return 1e-3 * (1.0 + beta) if dtype == "float32" else 0.02 + 0.5 * beta
+    if dtype == "float32":
+        return 1e-3 * (1.0 + nats_per_unit)
+    return 0.02 + 0.5 * nats_per_unit

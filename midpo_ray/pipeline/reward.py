@@ -21,15 +21,15 @@ from ..data.schema import Pair, prompt_key
 from ..data.selection import is_validation
 from ..errors import UserError
 from ..metrics import describe_score_metrics, score_metrics
-from ..pipeline import cluster
-from ..pipeline.lock import run_lock
-from ..pipeline.manifest import Manifest
-from ..pipeline.plan import FOLDERS, VERSIONS, Step, inputs, scorer_id
-from ..pipeline.prepare import check_length, resolve
-from ..pipeline.run import cache_folder, run_directory
-from ..pipeline.signals import write_table
-from ..pipeline.train import train, wait_for_groups
 from ..storage import Storage
+from . import cluster
+from .lock import run_lock
+from .manifest import Manifest
+from .plan import FOLDERS, VERSIONS, Step, inputs, scorer_id
+from .prepare import check_length, resolve
+from .run import cache_folder, run_directory
+from .signals import write_table
+from .train import train, wait_for_groups
 
 Say = Callable[[str], None]
 REPORT = "reward/report.json"
@@ -219,7 +219,7 @@ def _measure(
     config: Config, run: Storage, cache: Storage, kind: str, rows: Sequence[Row], say: Say
 ) -> dict[str, Any]:
     """The figures of the saved model, read and used as any other scorer."""
-    from ..pipeline.score import score
+    from .score import score
 
     folder = (run / FOLDERS[kind]).local
     scorer = Scorer(model=str(folder), max_length=config.data.max_length)
