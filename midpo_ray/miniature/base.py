@@ -6,12 +6,13 @@ They are built once and cached.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import random
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +25,8 @@ from . import world as w
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+log = logging.getLogger(__name__)
 
 # Of the world and its training: raise it when either changes, so that no old file is used.
 VERSION = 4
@@ -41,8 +44,6 @@ UNCONDITIONAL = 0.10
 # a gate can only read what is represented.
 HARM = 0.05
 
-Progress = Callable[[int, int, float], None]  # (step, steps, mean loss in nats per token)
-
 
 @dataclass(frozen=True, slots=True)
 class MiniatureFiles:
@@ -59,7 +60,6 @@ def build_files(
     seed: int,
     rows: int = 2000,
     steps: int = STEPS,
-    progress: Progress | None = None,
 ) -> MiniatureFiles:
     """Build the files of world ``seed`` under ``folder``, or find those of an earlier call.
 
@@ -76,7 +76,7 @@ def build_files(
             _write_lines(aside / "pairs.jsonl", w.preference_rows(world, seed, rows))
             _write_lines(aside / "prompts.jsonl", w.held_out_prompts(world, seed))
             tokenizer = make_tokenizer()
-            model = train_base(world, tokenizer, seed=seed, steps=steps, progress=progress)
+            model = train_base(world, tokenizer, seed=seed, steps=steps)
             tokenizer.save_pretrained(aside / "base")
             model.save_pretrained(aside / "base")
             try:
@@ -112,7 +112,6 @@ def train_base(
     *,
     seed: int,
     steps: int = STEPS,
-    progress: Progress | None = None,
 ) -> PreTrainedModel:
     """A Llama of 0.6 M parameters, trained on the mixture of answers in one thread.
 
@@ -140,7 +139,7 @@ def train_base(
             torch.manual_seed(seed)
             model = LlamaForCausalLM(config)
             head = torch.nn.Linear(config.hidden_size, 1)
-        _fit(model, head, _texts(world, tokenizer, seed), steps, progress)
+        _fit(model, head, _texts(world, tokenizer, seed), steps)
     finally:
         torch.set_num_threads(threads)
     return model.eval()
@@ -151,7 +150,6 @@ def _fit(
     head: torch.nn.Linear,
     sequences: Iterator[_Text],
     steps: int,
-    progress: Progress | None,
 ) -> None:
     model.train()
     optim = torch.optim.AdamW(
@@ -182,8 +180,9 @@ def _fit(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optim.step()
-        if progress is not None and ((step + 1) % 50 == 0 or step + 1 == steps):
-            progress(step + 1, steps, loss.item())
+        if step in (0, steps - 1) or (step + 1) % 100 == 0:
+            loss_text = f"loss {loss.item():.3f} nats per token"
+            log.info("miniature: its base model at step %d of %d, %s", step + 1, steps, loss_text)
 
 
 class _Text(NamedTuple):

@@ -308,25 +308,22 @@ def true_cost(prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
 
 def reward_model(prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
     """The true reward with the error of a trained scorer: fixed per text, of deviation 0.3."""
-    rewards = true_reward(prompts, responses)
-    return [
-        reward + _error("reward", prompt, response)
-        for reward, prompt, response in zip(rewards, prompts, responses, strict=True)
-    ]
+    return _with_errors("reward", true_reward(prompts, responses), prompts, responses)
 
 
 def cost_model(prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
     """The true cost with the error of a trained scorer; see ``reward_model``."""
-    costs = true_cost(prompts, responses)
-    return [
-        cost + _error("cost", prompt, response)
-        for cost, prompt, response in zip(costs, prompts, responses, strict=True)
-    ]
+    return _with_errors("cost", true_cost(prompts, responses), prompts, responses)
 
 
-def _error(axis: str, prompt: Any, response: str) -> float:
-    seed = f"{axis} {words(user_text(prompt))} {words(response)}"
-    return random.Random(seed).gauss(0, SCORE_NOISE)
+def _with_errors(
+    axis: str, values: list[float], prompts: Sequence[Any], responses: Sequence[str]
+) -> list[float]:
+    noisy = []
+    for value, prompt, response in zip(values, prompts, responses, strict=True):
+        generator = random.Random(f"{axis} {words(user_text(prompt))} {words(response)}")
+        noisy.append(value + generator.gauss(0, SCORE_NOISE))
+    return noisy
 
 
 def preference_rows(world: World, seed: int, rows: int) -> list[dict[str, Any]]:

@@ -64,14 +64,7 @@ def build_miniature(config: Config, cache: Storage) -> Any:
         )
     rows = next((s.rows for s in config.data.sets if s.path.startswith(BUILTIN) and s.rows), 2000)
 
-    def progress(step: int, steps: int, loss: float) -> None:
-        if step in (1, steps) or step % 100 == 0:
-            log.info(
-                "miniature: its base model at step %d of %d, loss %.3f nats per token",
-                step, steps, loss,
-            )  # fmt: skip
-
-    return build_files(cache.local / "miniature", seed=config.seed, rows=rows, progress=progress)
+    return build_files(cache.local / "miniature", seed=config.seed, rows=rows)
 
 
 def check_models(config: Config, scorers: bool = True) -> None:
