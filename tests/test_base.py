@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from midpo_ray.config import Lora, Model
+from midpo_ray.config import Lora, Model, load_config
 from midpo_ray.errors import UserError
 from midpo_ray.models.base import (
     add_lora,
@@ -18,6 +18,7 @@ from midpo_ray.models.base import (
     load_tokenizer,
     model_fingerprint,
 )
+from midpo_ray.pipeline.prepare import check_models
 
 
 def test_loads_frozen_in_the_dtype(tiny_model_dir) -> None:
@@ -164,3 +165,13 @@ def test_a_hub_model_is_its_commit(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert model_fingerprint("someone/model") == commit
+
+
+def test_two_target_modules_are_refused_before_an_expert_trains(tiny_model_dir) -> None:
+    config = load_config("miniature")
+    lora = config.lora.model_copy(update={"target_modules": ("down_proj", "up_proj")})
+    model = config.model.model_copy(update={"path": str(tiny_model_dir())})
+    config = config.model_copy(update={"model": model, "lora": lora})
+    check_models(config, scorers=False, routed=False)
+    with pytest.raises(UserError, match=r"lora\.target_modules"):
+        check_models(config, scorers=False, routed=True)

@@ -362,3 +362,25 @@ def test_revision_of_a_hub_scorer(tmp_path, monkeypatch, byte_tokenizer):
         score = load_scorer(Scorer(model="maker/scorer", revision=revision), "cost")
         assert score(PROMPTS, RESPONSES) == pytest.approx(scores)
     assert expected["old"] != expected["new"]
+
+
+@pytest.mark.parametrize("aware", [True, False])
+def test_where_padding_matters_rows_are_scored_alone(
+    tmp_path, byte_tokenizer, monkeypatch, aware
+) -> None:
+    folder = llama_classifier(tmp_path, byte_tokenizer)
+    plain = LlamaForSequenceClassification.forward
+
+    def forward(self, input_ids, **inputs):
+        """A model whose score depends on the width of the batch, where it is not ``aware``."""
+        output = plain(self, input_ids, **inputs)
+        output.logits = output.logits + (0 if aware else input_ids.shape[1])
+        return output
+
+    expected = load_scorer(Scorer(model=str(folder)), "reward", batch_tokens=1)(PROMPTS, RESPONSES)
+    monkeypatch.setattr(LlamaForSequenceClassification, "forward", forward)
+    alone = load_scorer(Scorer(model=str(folder)), "reward", batch_tokens=1)(PROMPTS, RESPONSES)
+    assert (alone == expected) is aware
+    assert load_scorer(Scorer(model=str(folder)), "reward")(PROMPTS, RESPONSES) == pytest.approx(
+        alone, abs=1e-4
+    )

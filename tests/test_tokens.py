@@ -334,3 +334,27 @@ def test_faults_of_special_tokens():
         "EOS inside response 0",
         "BOS inside response 1",
     ]
+
+
+def test_named_chat_templates(byte_tokenizer) -> None:
+    templates = {
+        "short": "{% for m in messages %}({{ m['content'] }}{% endfor %}",
+        "long": "{% for m in messages %}((({{ m['content'] }}{% endfor %}",
+    }
+
+    def start(template: str, named: dict | str | None) -> str:
+        tokenizer = copy.deepcopy(byte_tokenizer)
+        tokenizer.chat_template = named
+        tokens = Tokenization(tokenizer, data(template=template))
+        return tokenizer.decode(tokens.prompt_ids((("user", "x"),))).replace("<s>", "").strip()
+
+    assert start("chat:short", templates) == "(x"
+    assert start("chat:long", templates) == "(((x"
+    assert start("auto", templates | {"default": templates["short"]}) == "(x"
+    for template in ("auto", "chat", "chat:other"):
+        with pytest.raises(UserError) as caught:
+            start(template, templates)
+        assert "long, short" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError):
+        start("chat:short", None)

@@ -64,8 +64,9 @@ class Data(Section):
     sets: tuple[DataSet, ...] = Field(min_length=1, description="The preference sets.")
     template: str = Field(
         "auto",
-        description="Prompt format: chat (the tokenizer's template), paper (Safe RLHF's format), "
-        "auto (chat where the tokenizer has one, else paper), or a text with {prompt}.",
+        description="Prompt format: chat (the tokenizer's template), chat:NAME (one of its named "
+        "templates), paper (Safe RLHF's format), auto (chat where the tokenizer has one, else "
+        "paper), or a text with {prompt}.",
     )
     null_context: Literal["template", "bos"] = Field(
         "template",

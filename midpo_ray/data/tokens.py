@@ -29,7 +29,34 @@ TEMPLATE_DATE = datetime.date(2024, 7, 26)
 _NOW = re.compile(r"strftime_now\s*\(")
 _NOW_LITERAL = re.compile(r"""strftime_now\s*\(\s*(['"])([^'"\\]*)\1\s*\)""")
 _PART = 1024  # texts per call of a tokenizer, which keeps far more than the ids in memory
+NAMED = "chat:"  # data.template of one of several chat templates, by its name
 Ids = list[int]
+
+
+def select_chat_template(tokenizer: Any, template: str, where: str) -> bool:
+    """Whether the tokenizer has a chat template; of several named ones, it keeps the chosen one.
+
+    Args:
+        template: a recipe's ``data.template``; ``chat:NAME`` chooses by name.
+        where: what the message names.
+
+    Raises:
+        UserError: there is none of the name, or there are several and none is named default.
+    """
+    templates = tokenizer.chat_template
+    chooses = template in ("auto", "chat") or template.startswith(NAMED)
+    if not chooses or not (isinstance(templates, dict) or template.startswith(NAMED)):
+        return bool(templates)
+    name = template.removeprefix(NAMED) if template.startswith(NAMED) else "default"
+    templates = templates if isinstance(templates, dict) else {"default": templates}
+    if templates.get(name) is None:
+        names = ", ".join(sorted(n for n, text in templates.items() if text)) or "none"
+        raise UserError(
+            f"{where}: it has no chat template named {name!r}, its named chat templates are: "
+            f"{names}; choose one by data.template: {NAMED}NAME"
+        )
+    tokenizer.chat_template = templates[name]
+    return True
 
 
 class Tokenization:
@@ -54,8 +81,9 @@ class Tokenization:
             )
         self.bos: int | None = tokenizer.bos_token_id
         self.eos: int = tokenizer.eos_token_id
-        own = bool(tokenizer.chat_template)
-        self.chat = data.template == "chat" or (data.template == "auto" and own)
+        own = select_chat_template(tokenizer, data.template, f"tokenizer {name}")
+        named = data.template.startswith(NAMED)
+        self.chat = named or data.template == "chat" or (data.template == "auto" and own)
         if self.chat and not own:
             raise UserError(
                 f"data.template is chat, and the tokenizer {name} has no chat template: use paper "

@@ -45,6 +45,12 @@ class ModelSpec:
     run: str | None = None  # the run directory that it belongs to
 
     @property
+    def tokenizer(self) -> str | None:
+        """The adapter's folder, where a tokenizer came with it."""
+        own = self.adapter is not None and (Path(self.adapter) / "tokenizer_config.json").is_file()
+        return self.adapter if own else None
+
+    @property
     def path(self) -> str:
         return self.routed or self.adapter or self.model.path
 
@@ -131,7 +137,10 @@ def _model(
 def _adapter(folder: Path, template: str, dtype: str) -> ModelSpec:
     path = _base_path(folder)
     if path is None:
-        raise UserError(f"{folder}/adapter_config.json: base_model_name_or_path is missing")
+        raise UserError(
+            f"{folder}/adapter_config.json: base_model_name_or_path is missing, the base model's "
+            "folder or hub name is expected"
+        )
     model = Model.model_validate({"path": path, "dtype": dtype})
     return _with_adapter(model, folder, template, folder.resolve().name, "baseline")
 
@@ -139,17 +148,24 @@ def _adapter(folder: Path, template: str, dtype: str) -> ModelSpec:
 def _base_path(adapter: Path) -> str | None:
     try:
         settings = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
-        return str(settings["base_model_name_or_path"])
+        path = settings["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    return path if isinstance(path, str) and path else None
 
 
 def _with_adapter(
     model: Model, folder: Path, template: str, name: str, family: str, run: str | None = None
 ) -> ModelSpec:
     base = _model(model, template, name)
-    fingerprint = digest(base.fingerprint, hash_adapter(folder))
+    fingerprint = digest(base.fingerprint, hash_adapter(folder), _tokenizer_hashes(folder))
     return ModelSpec(name, family, fingerprint, model, template, adapter=str(folder), run=run)
+
+
+def _tokenizer_hashes(folder: Path) -> list[str]:
+    """sha256 of the files of a tokenizer that came with an adapter; none where there is none."""
+    files = sorted(folder.glob("tokenizer*")) + sorted(folder.glob("chat_template*"))
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
 
 
 def _of_run(folder: Path, part: str) -> ModelSpec:
@@ -240,7 +256,7 @@ class Generator:
     def __init__(self, spec: ModelSpec, options: GenerationOptions, model: Any = None) -> None:
         self.spec, self.options = spec, options
         self.model = _load(spec) if model is None else model
-        self.tokenizer = load_tokenizer(spec.model)
+        self.tokenizer = load_tokenizer(spec.model, spec.tokenizer)
         self.context = int(getattr(self.model.config, "max_position_embeddings", 4096))
         room = self.context - options.max_new_tokens
         if room < 8:

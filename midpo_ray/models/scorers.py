@@ -28,9 +28,16 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Scorer
-from ..data.tokens import PAPER_BEGIN, PAPER_TURN, render_plain, with_fixed_date
+from ..data.tokens import (
+    PAPER_BEGIN,
+    PAPER_TURN,
+    render_plain,
+    select_chat_template,
+    with_fixed_date,
+)
 from ..errors import UserError
 from ..user_code import load_function
+from .selfcheck import tolerance
 
 log = logging.getLogger(__name__)
 
@@ -178,6 +185,7 @@ class _ModelScorer:
         self.where, self.device = f"scorer {scorer.model}", device
         self.batch_tokens = batch_tokens or _BATCH_TOKENS.get(device.type, _BATCH_TOKENS["cpu"])
         self.config, self.tokenizer = describe_scorer(scorer)
+        select_chat_template(self.tokenizer, "auto", self.where)
         if isinstance(self.tokenizer.chat_template, str):  # scores must not depend on the day
             fixed = with_fixed_date(self.tokenizer.chat_template, str(scorer.model))
             self.tokenizer.chat_template = fixed or self.tokenizer.chat_template
@@ -198,7 +206,20 @@ class _ModelScorer:
         self.model.to(device).eval().requires_grad_(False)
         limits = [scorer.max_length, self.tokenizer.model_max_length, _positions(self.model)]
         self.max_length = min(limits)
+        self._check_padding()
         self.truncated = 0
+
+    def _check_padding(self) -> None:
+        """Score short conversations together and alone; where padding matters, rows stay alone."""
+        prompts = [(("user", "Why?"),), (("user", "A"),)]
+        responses = ["For a reason.", "B"]
+        self.truncated = 1  # nothing that a user asked for: not to be reported
+        together = torch.tensor(self(prompts, responses))
+        alone = [self([p], [r])[0] for p, r in zip(prompts, responses, strict=True)]
+        limit = 10 * tolerance(next(self.model.parameters()).dtype)  # a score may be near 0 (ours)
+        if float((together - torch.tensor(alone)).abs().max()) > limit * max(1.0, abs(alone[0])):
+            log.warning("%s: padding changes its scores, so rows are scored alone", self.where)
+            self.batch_tokens = 1
 
     def _check_type(self, kind: str) -> None:
         own = getattr(self.config, "score_type", "reward")

@@ -95,7 +95,7 @@ def _find(model: Any, checked: Checked) -> tuple[Way | None, str]:
             return None, f"its own forward fails on a row of tokens ({_line(error)})"
         if not bool(reference.isfinite().all()):
             return None, "its own forward gives values that are not finite"
-        limit = _tolerance(model)
+        limit = tolerance(model.dtype)
         for way in ("tree", "rows"):
             try:
                 checked.use(way)
@@ -151,7 +151,7 @@ def check_generation(model: Any, name: str, routed: bool = False) -> bool:
             except Exception as error:  # whatever a model raises; one at a time may do
                 errors.append(float("inf"))
                 log.debug("model %s: %s", name, _line(error))
-            if errors[-1] <= _tolerance(model):
+            if errors[-1] <= tolerance(model.dtype):
                 return len(batch) > 1
     raise UserError(
         f"model {name}: not supported, what it generates from its cache is off by {min(errors):.1e} "
@@ -181,8 +181,9 @@ def _generation_error(model: Any, prompts: list[list[int]], routed: bool) -> flo
     return relative_error(generated.gather(-1, tokens), torch.stack(expected).gather(-1, tokens))
 
 
-def _tolerance(model: Any) -> float:
-    return TOLERANCE.get(model.dtype, TOLERANCE[torch.bfloat16])
+def tolerance(dtype: torch.dtype) -> float:
+    """The relative error that is rounding."""
+    return TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
 
 
 @contextmanager

@@ -67,13 +67,19 @@ def build_miniature(config: Config, cache: Storage) -> Any:
     return build_files(cache.local / "miniature", seed=config.seed, rows=rows)
 
 
-def check_models(config: Config, scorers: bool = True) -> None:
+def check_models(config: Config, scorers: bool = True, routed: bool = True) -> None:
     """Check the model, its tokenizer, the LoRA's targets and the score models; load no weight."""
     from ..models.base import check_targets, load_tokenizer  # transformers is slow to import
     from ..models.scorers import describe_scorer
 
     load_tokenizer(config.model)
     check_targets(config.model, config.lora)
+    targets = list(config.lora.target_modules)
+    if routed and len(targets) != 1:
+        raise UserError(
+            f"lora.target_modules is {targets}, and a router takes exactly one: name one, or stop "
+            "before the router (--until)"
+        )
     check_length(config.model, config.data.max_length)
     for scorer in (config.scores.reward, config.scores.cost) if scorers else ():
         if scorer and scorer.model:

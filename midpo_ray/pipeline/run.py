@@ -136,7 +136,7 @@ class _Job:
         for step in self.todo.values():
             log.info("%s: to run, %s", step.stage, step.reason)
         self.resolved = resolve(self.config, self.cache)
-        check_models(self.resolved, scorers="score" in self.todo)
+        check_models(self.resolved, "score" in self.todo, "router" in self.todo)
         if "score" not in self.todo:
             return
         self.prepared = read_and_tokenise(self.resolved)
