@@ -1,4 +1,4 @@
-"""What the router's tests share: runs of a tiny base and two adapters made by plain PEFT, and batches."""
+"""Shared by the router's tests: a tiny base, two adapters of plain PEFT, and batches."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def routed_of(folder: Path, tokenizer=None, *, random_gates: bool = True, **keys
     router = Router(**{"scope": "last", "width": 8, **keys})
     model = AutoModelForCausalLM.from_pretrained(folder / "base")
     routed = route(
-        model, folder / "experts/safety", folder / "experts/helpfulness", router, tokenizer=tokenizer, data=DATA,
-        base=Model(path=str(folder / "base")),
+        model, folder / "experts/safety", folder / "experts/helpfulness", router,
+        tokenizer=tokenizer, data=DATA, base=Model(path=str(folder / "base")),
     ).eval()  # fmt: skip
     if random_gates:
         generator = torch.Generator().manual_seed(7)

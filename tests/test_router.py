@@ -1,4 +1,4 @@
-"""The router: the same function as plain PEFT, cached as uncached, folded as unfolded, recomputed as recorded."""
+"""The router equals plain PEFT; cached, folded and recomputed passes equal plain ones."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from midpo_ray.models.routing import Routing, row_anchors
 from midpo_ray.objectives import gate_prior
 
 SHAPE = {
-    "vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": 2, "initializer_range": 0.2,
+    "vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0,
+    "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2,
 }  # fmt: skip
 FAMILIES = {
     "llama": LlamaConfig,
@@ -76,7 +76,7 @@ def test_forced_gates_are_plain_peft(tmp_path, family, scope):
 
 
 def test_experts_keep_alpha_over_r(run_dir):
-    """The experts' scaling is never dropped: gates of 0.5 add half of each scaled delta, in training as in serving."""
+    """Gates of 0.5 add half of each expert's scaled delta, in training as in serving."""
     routed = routed_of(run_dir, random_gates=False, scope="token")
     layer = routed.layers["model.layers.1.mlp.down_proj"]
     state = load_file(run_dir / "experts/safety/adapter_model.safetensors")
@@ -242,7 +242,8 @@ def test_greedy_generation_follows_the_full_forward(run_dir):
 
 
 def tree_batch() -> SimpleNamespace:
-    """Two documents of a prompt (4, 3 tokens) and two responses (3 and 2; 2 and 2) in a row each, the second padded by two."""
+    """Two documents in one row each: prompts of 4 and 3 tokens, responses of 3 and 2, and 2 and 2.
+    The second row has two tokens of padding."""
     ids = tokens(2, 9, 4)
     branch = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 2, 2], [0, 0, 0, 1, 1, 2, 2, 0, 0]])
     document = torch.tensor([[0] * 9, [0] * 7 + [-1] * 2])
@@ -251,8 +252,9 @@ def tree_batch() -> SimpleNamespace:
     same = (branch[:, :, None] == branch[:, None]) | (branch[:, None] == 0)
     mask = (causal & same & (document[:, None] >= 0)) | torch.eye(9, dtype=torch.bool)
     return SimpleNamespace(
-        input_ids=ids, position_ids=position, document_ids=document, branch_ids=branch, anchor_index=torch.tensor([3, 11]),
-        anchor_of=torch.tensor([[0] * 9, [1] * 7 + [0, 0]]), mask=mask[:, None],
+        input_ids=ids, position_ids=position, document_ids=document, branch_ids=branch,
+        anchor_index=torch.tensor([3, 11]), mask=mask[:, None],
+        anchor_of=torch.tensor([[0] * 9, [1] * 7 + [0, 0]]),
     )  # fmt: skip
 
 
@@ -270,7 +272,7 @@ def run_tree(routed, batch):
 
 @pytest.mark.parametrize("scope", ["last", "token"])
 def test_a_tree_is_two_rows(run_dir, scope):
-    """One row a pair gives what a row for each response gives, and both responses share the prompt's decision."""
+    """One row per pair equals one row per response; both responses share the prompt's decision."""
     routed, batch = routed_of(run_dir, scope=scope), tree_batch()
     with torch.no_grad():
         logits, _ = run_tree(routed, batch)
@@ -289,7 +291,7 @@ def test_a_tree_is_two_rows(run_dir, scope):
 
 @pytest.mark.parametrize("scope", ["last", "token"])
 def test_the_prior_sees_the_gates_that_were_used(run_dir, scope):
-    """The recorded gates are those of the real forward, of real tokens alone, and the prior is their mean."""
+    """The prior is the mean over real tokens of the gates of the forward pass itself."""
     routed, batch = routed_of(run_dir, scope=scope), tree_batch()
     seen: dict[int, torch.Tensor] = {}
     for layer in routed.layers.values():
@@ -319,7 +321,7 @@ def test_the_prior_sees_the_gates_that_were_used(run_dir, scope):
 @pytest.mark.parametrize("kind", ["linear", "bottleneck", "mlp"])
 @pytest.mark.parametrize("scope", ["last", "token"])
 def test_gradient_checkpointing_agrees(run_dir, kind, scope):
-    """Gates, loss and gradients are the same; two forwards before two backwards do not mix their anchors."""
+    """Gates, loss and gradients are equal, also with two forwards before two backwards."""
     batches = [tree_batch(), tree_batch()]
     batches[1].anchor_index = torch.tensor([1, 10])
     results = []
@@ -341,7 +343,8 @@ def test_gradient_checkpointing_agrees(run_dir, kind, scope):
 
 @pytest.mark.parametrize("scope", ["last", "token"])
 def test_log_probabilities_in_every_layout(run_dir, scope):
-    """Tree, packed and padded rows, checkpointed or not: the same log-probabilities, gradients and, where rows agree, prior."""
+    """Tree, packed and padded rows, checkpointed or not, have equal log-probabilities, gradients,
+    and priors where they have the same tokens."""
     documents = [
         Document([1, 5, 6, 7], [[8, 9, 2], [10, 2]]),
         Document([1, 11], [[12, 2], [13, 14, 15, 2]]),

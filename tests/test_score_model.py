@@ -1,4 +1,4 @@
-"""Score models: a step against the textbook, the same numbers after saving by every reader, and something learnt."""
+"""Score models: a step against the textbook, equal numbers after saving, and something learnt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scorers: small checkpoints of the real formats against a computation by hand, and every refusal in one line."""
+"""Scorers: small checkpoints of the real formats against a computation by hand, and refusals."""
 
 from __future__ import annotations
 
@@ -29,12 +29,15 @@ PROMPTS = [
     (("user", "Hi"),),
     (("user", "one"), ("assistant", "two"), ("user", "three")),
 ]
+SMALL = {
+    "vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
+}  # fmt: skip
 RESPONSES = ["It is not.", "Hello, and a much longer answer than the others have.", "four"]
 
 
 @pytest.fixture
 def score_model(tmp_path, tiny_llama, byte_tokenizer):
-    """A checkpoint in PKU's format: the decoder under model., score_head, normalizer; ``shards`` writes an index too."""
+    """A checkpoint in PKU's format; ``shards`` writes two files and an index."""
 
     def make(
         score_type: str = "cost",
@@ -175,8 +178,8 @@ def test_score_models_that_do_not_fit(score_model, options, kind, message):
 
 def llama_classifier(folder: Path, tokenizer, labels: int = 1, seed: int = 0, **keys) -> Path:
     config = LlamaConfig(
-        vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2,
-        num_labels=labels, **{"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2, **keys},
+        **SMALL, num_hidden_layers=2, initializer_range=0.2, num_labels=labels,
+        **{"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2, **keys},
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -205,8 +208,8 @@ def test_classifier_with_a_chat_template(tmp_path, byte_tokenizer, pad):
 def test_classifier_of_a_pair_of_texts(tmp_path, byte_tokenizer):
     folder = tmp_path / "bert"
     config = BertConfig(
-        vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_labels=1,
-        max_position_embeddings=256, initializer_range=0.3,
+        **SMALL, num_hidden_layers=2, num_labels=1, max_position_embeddings=256,
+        initializer_range=0.3,
     )  # fmt: skip
     BertForSequenceClassification(config).save_pretrained(folder)
     byte_tokenizer.save_pretrained(folder)
@@ -234,8 +237,8 @@ def test_texts_beyond_a_model_s_positions(tmp_path, byte_tokenizer, caplog, name
     """They are truncated to its positions; the first batch with any is reported, with a count."""
     make_config, make_model, positions = ENCODERS[name]
     config = make_config(
-        vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_labels=1,
-        max_position_embeddings=64, initializer_range=0.3, pad_token_id=1, type_vocab_size=2,
+        **SMALL, num_hidden_layers=1, num_labels=1, max_position_embeddings=64,
+        initializer_range=0.3, pad_token_id=1, type_vocab_size=2,
     )  # fmt: skip
     make_model(config).save_pretrained(tmp_path)
     byte_tokenizer.save_pretrained(tmp_path)
@@ -291,7 +294,8 @@ def functions(tmp_path, monkeypatch):
     """A module of the user's beside the working directory."""
     (tmp_path / "my_scorer.py").write_text(
         "import torch\n"
-        "def lengths(prompts, responses): return torch.tensor([len(p) + len(r) for p, r in zip(prompts, responses)])\n"
+        "def lengths(prompts, responses):\n"
+        "    return torch.tensor([len(p) + len(r) for p, r in zip(prompts, responses)])\n"
         "def few(prompts, responses): return [1.0]\n"
         "def bad(prompts, responses): return [0.0, float('nan'), 1.0]\n"
         "def words(prompts, responses): return ['a' for _ in responses]\n"

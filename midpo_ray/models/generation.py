@@ -52,7 +52,8 @@ def generate_ids(
     if len(prompts) > 1 and not getattr(hugging_face_model(model), BATCHED, True):
         if sampler is not None:
             raise UserError(
-                f"model {hugging_face_model(model).name_or_path}: it samples one prompt at a time: --batch 1"
+                f"model {hugging_face_model(model).name_or_path}: it samples one prompt at a "
+                "time, set --batch 1"
             )
         return [generate_ids(model, [prompt], ends, **options)[0] for prompt in prompts]
     longest = max(map(len, prompts))

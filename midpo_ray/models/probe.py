@@ -13,19 +13,18 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import UserError
-from .routed import Prompt, RoutedCausalLM, messages
+from .routed import ROWS, Prompt, RoutedCausalLM, messages, pad
 from .router import LinearGate
+from .routing import RoutingState, base_features, row_anchors
 
 STRENGTHS = (1e-2, 1e-1, 1.0, 1e1, 1e2)  # of the ridge, times the mean squared singular value
-_ROWS = 16  # prompts of one forward pass
 
 
 @dataclass(frozen=True)
@@ -125,26 +124,13 @@ def _features(routed: RoutedCausalLM, prompts: Sequence[Prompt]) -> Iterator[Any
     by_length = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
     with tempfile.TemporaryFile() as file:
         features: Any = np.memmap(file, dtype=np.float32, mode="w+", shape=shape)
-        for start in range(0, len(tokens), _ROWS):
-            part = by_length[start : start + _ROWS]
-            ids = [torch.tensor(tokens[i]) for i in part]
-            last = torch.tensor([len(row) - 1 for row in ids], device=routed.device)
-            batch = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(routed.device)
-            position = torch.arange(batch.shape[1], device=routed.device)
-
-            def keep(layer: int, module: nn.Module, args: tuple[Any, ...]) -> None:
-                h = args[0][torch.arange(len(part)), last]  # noqa: B023 - used within this turn
-                features[layer, part] = h.float().cpu().numpy()  # noqa: B023
-
-            hooks = [
-                layer.register_forward_pre_hook(partial(keep, layer.layer)) for layer in layers
-            ]
-            try:
-                with torch.no_grad(), routed.force_gates(0.0, 0.0):
-                    mask = (position <= last[:, None]).long()
-                    decoder = routed.model.get_decoder()
-                    decoder(input_ids=batch, attention_mask=mask, use_cache=False)
-            finally:
-                for hook in hooks:
-                    hook.remove()
+        for start in range(0, len(tokens), ROWS):
+            part = by_length[start : start + ROWS]
+            inputs = pad([tokens[i] for i in part], routed.device)
+            mask = inputs["attention_mask"]
+            anchors = row_anchors((mask.shape[0], mask.shape[1]), mask, routed.device)
+            state = RoutingState("last", anchors)
+            found = base_features(routed.model.get_decoder(), (), inputs, state)
+            for layer, h in found.items():
+                features[layer, part] = h.float().cpu().numpy()
         yield features

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[tuple[str, str]]  # a text, or messages
 
-_ROWS = 16  # prompts of one forward pass where gates are read
+ROWS = 16  # prompts of one forward pass where gates are read
 _generations = count()
 
 
@@ -106,8 +106,8 @@ class RoutedCausalLM(nn.Module):
         Args:
             input_ids: [R, T].
             prompt_lengths: [R], real tokens of each row's prompt, where prompt and response are
-                in one pass and the scope is not ``token``. Without it several tokens are a prompt, and
-                one token behind a cache is a decoding step.
+                in one pass and the scope is not ``token``. Without it several tokens are a prompt,
+                and one token behind a cache is a decoding step.
         """
         if prompt_lengths is None:
             return self.model(input_ids=input_ids, **inputs)
@@ -120,7 +120,7 @@ class RoutedCausalLM(nn.Module):
             return self.model(input_ids=input_ids, **inputs)
 
     def generate(self, inputs: Tensor | None = None, **options: Any) -> Any:
-        """``model.generate``; each prompt's decision is kept for its answer (scope ``token`` has none)."""
+        """``model.generate``; each prompt's decision, if there is one, is kept for its answer."""
         settings = options.get("generation_config") or self.generation_config
         chunk = options.get("prefill_chunk_size") or settings.prefill_chunk_size
         if chunk and self.router.scope != "token":
@@ -214,8 +214,8 @@ class RoutedCausalLM(nn.Module):
             documents.append(ids)
         rows: list[dict[str, Any]] = [{} for _ in documents]
         by_length = sorted(range(len(documents)), key=lambda i: len(documents[i]))
-        for start in range(0, len(by_length), _ROWS):
-            part = by_length[start : start + _ROWS]
+        for start in range(0, len(by_length), ROWS):
+            part = by_length[start : start + ROWS]
             gates = self._gates_of([documents[i] for i in part], [lengths[i] for i in part])
             for i, (safety, helpfulness) in zip(part, gates, strict=True):
                 rows[i] = {"tokens": documents[i], "prompt_tokens": lengths[i]}
@@ -226,20 +226,19 @@ class RoutedCausalLM(nn.Module):
         self, documents: list[list[int]], prompt_lengths: list[int]
     ) -> list[tuple[Tensor, Tensor]]:
         """(safety, helpfulness) of each document, each [L, its tokens]."""
-        real = [torch.ones(len(ids), dtype=torch.long) for ids in documents]
-        mask = nn.utils.rnn.pad_sequence(real, batch_first=True).to(self.device)
-        ids = [torch.tensor(ids) for ids in documents]
-        input_ids = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(self.device)
-        shape, lengths = (mask.shape[0], mask.shape[1]), torch.tensor(prompt_lengths)
+        inputs = pad(documents, self.device)
+        mask, lengths = inputs["attention_mask"], torch.tensor(prompt_lengths)
+        shape = (mask.shape[0], mask.shape[1])
         anchors = row_anchors(shape, mask, self.device, lengths=lengths)
         recorded = RecordedGates(self.router.scope, anchors)
         with self._routing.request(anchors=anchors, recorded=recorded):
-            self.model.get_decoder()(input_ids=input_ids, attention_mask=mask, use_cache=False)
+            self.model.get_decoder()(**inputs, use_cache=False)
         pair = [gates.float().cpu() for gates in recorded.gates()[:2]]
         if self.router.scope != "token":
             pair = [gates.unsqueeze(-1).expand(-1, *shape) for gates in pair]  # [L, R, T]
         safety, helpfulness = pair
-        return [(safety[:, r, : len(i)], helpfulness[:, r, : len(i)]) for r, i in enumerate(ids)]
+        sizes = enumerate(map(len, documents))
+        return [(safety[:, row, :size], helpfulness[:, row, :size]) for row, size in sizes]
 
     @cached_property
     def tokenization(self) -> Tokenization:
@@ -279,6 +278,15 @@ class RoutedCausalLM(nn.Module):
         for layer in self.layers.values():
             layer.fold(self.router.scope)
         return self
+
+
+def pad(rows: Sequence[list[int]], device: torch.device) -> dict[str, Tensor]:
+    """input_ids and attention_mask [R, T] of rows of ids, padded on the right."""
+    ids = [torch.tensor(row) for row in rows]
+    real = [torch.ones_like(row) for row in ids]
+    inputs = {"input_ids": ids, "attention_mask": real}
+    stack = nn.utils.rnn.pad_sequence
+    return {name: stack(part, batch_first=True).to(device) for name, part in inputs.items()}
 
 
 def template_data(settings: Mapping[str, Any]) -> Data:

@@ -212,8 +212,8 @@ def routing_state(
         mask = None  # generate's own mask: prompts are padded on the left
     elif mask is not None:
         raise RuntimeError(
-            f"scope {scope} cannot read prompts from a mask that is not [rows, tokens]: give anchors "
-            "by RoutedCausalLM.anchored"
+            f"scope {scope} cannot read prompts from a mask that is not [rows, tokens]: give "
+            "anchors by RoutedCausalLM.anchored"
         )
     anchors = row_anchors(shape, mask, device, width=width)
     return RoutingState(scope, anchors, forced=forced, collected=collected)
@@ -275,25 +275,9 @@ class Routing:
         mask, cache = kwargs.get("attention_mask"), _cache_among(kwargs.values())
         state = routing_state(self.scope, request, shape, tokens.device, mask, cache)
         if self.pool is not None and state.kept is None and state.forced is None:
-            features = self._base_features(module, args, kwargs, state)
+            features = base_features(module, args, kwargs, state)
             state = replace(state, decided=self.pool(features))
         _state.set(state)
-
-    def _base_features(
-        self,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        state: RoutingState,
-    ) -> dict[int, Tensor]:
-        """Layer -> [G, F], the base model's input of the routed Linears at the anchors."""
-        features: dict[int, Tensor] = {}
-        base = replace(state, forced=(0.0, 0.0), collected=None, features=features)
-        cache = _cache_among(kwargs.values())
-        inputs = {name: value for name, value in kwargs.items() if value is not cache}
-        with torch.no_grad(), _Within(base):
-            module.forward(*args, **{**inputs, "use_cache": False})
-        return features
 
     def end(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -311,6 +295,23 @@ class Routing:
             decided = state.collected or {}
             cache.routing_gates = {layer: gates.detach() for layer, gates in decided.items()}
             cache.routing_generation = None if generation is None else generation.number
+
+
+def base_features(
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], state: RoutingState
+) -> dict[int, Tensor]:
+    """Layer -> [G, F], the base model's inputs of the routed Linears at the state's anchors.
+
+    Args:
+        args, kwargs: of the decoder's forward; a cache is neither read nor filled.
+    """
+    features: dict[int, Tensor] = {}
+    base = replace(state, scope="last", forced=(0.0, 0.0), collected=None, features=features)
+    cache = _cache_among(kwargs.values())
+    inputs = {name: value for name, value in kwargs.items() if value is not cache}
+    with torch.no_grad(), _Within(base):
+        decoder.forward(*args, **{**inputs, "use_cache": False})
+    return features
 
 
 def _cache_among(values: Iterable[Any]) -> Any:
