@@ -195,12 +195,7 @@ class Storage:
         with _errors_named(self.path(name)):
             self.delete(aside)
             try:
-                if not folder.is_dir():
-                    raise FileNotFoundError(errno.ENOENT, "no such folder", str(folder))
-                for file in (f for f in folder.rglob("*") if f.is_file()):
-                    target = self.path(f"{aside}/{file.relative_to(folder).as_posix()}")
-                    self._make_parent(target)
-                    self.fs.put_file(str(file), target)
+                self.fs.put(f"{folder}/", f"{self.path(aside)}/", recursive=True)
             except BaseException:
                 self.delete(aside)
                 raise
@@ -211,10 +206,7 @@ class Storage:
         """A local folder with the files of ``name``: a local storage's own, else a copy."""
         if self.local:
             return Path(self.path(name))
-        for file in self.files(name):
-            target = folder / file[len(name) :].lstrip("/")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self.fs.get_file(self.path(file), str(target))
+        self.fs.get(f"{self.path(name)}/", f"{folder}/", recursive=True)
         return folder
 
     @_patiently
