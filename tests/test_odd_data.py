@@ -157,6 +157,13 @@ def cases() -> dict[str, tuple[dict[str, bytes], Expected]]:
             del row["question"]
         short = [((("user", f"Shorten.\n\n{p[0][1]}"),), r, x) for p, r, x in others]
         add(f"instruction and input a.{ending}", encode(alpaca, ending), short)
+        vowel = [
+            {"instruction": "Is this a vowel?", "input": "a", "chosen": "Yes", "rejected": "No"}
+        ]
+        asks = [((("user", "Is this a vowel?\n\na"),), ("Yes", "No"), (None, None, 0, 0))]
+        add(f"a short input a.{ending}", encode(vowel, ending), asks)
+        vowel[0]["instruction"] += "\n\na"
+        add(f"a repeated input a.{ending}", encode(vowel, ending), asks)
         both = [{"instruction": "Do it.", **row} for row in asked]
         add(f"two prompts a.{ending}", encode(both, ending), None)
         begun = {"chosen": "The answer is 1.", "rejected": "The answer is 2."}

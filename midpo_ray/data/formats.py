@@ -202,7 +202,7 @@ def _origin(question: Asked, prompt: Prompt) -> tuple[str, str]:
     what = "columns" if len(question.columns) > 1 else "column"
     columns = f"{what} {' and '.join(question.columns)}"
     if question.unused:
-        columns += f" ({', '.join(question.unused)} is not used)"
+        columns += f" (not used: {', '.join(question.unused)})"
     system = "the messages" if prompt[0][0] == "system" else ""
     return columns, f"column {question.system}" if question.system else system
 

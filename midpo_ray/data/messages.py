@@ -13,6 +13,7 @@ from .schema import Message, Prompt
 
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
 CONTEXT_COLUMNS = ("context", "contextstring")
+CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
 QUESTION_COLUMNS = ("prompt", "question", "instruction", "query", "input")
 _MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")
 _MESSAGE = "a message is an object with the role system, user or assistant and a text as content"
@@ -63,7 +64,7 @@ def asked(row: Row, source: str, questions: Sequence[str] = QUESTION_COLUMNS) ->
                 unused.append(name)
                 continue
             other = text_of(other, name, source)
-            if other.strip() in content:
+            if _contains(content, other.strip()):
                 continue
             if name.lower() == "input":
                 content = f"{content}\n\n{other}"
@@ -79,6 +80,7 @@ def asked(row: Row, source: str, questions: Sequence[str] = QUESTION_COLUMNS) ->
                 )
             columns.append(name)
         messages[-1] = (role, content)
+        unused += [filled[name] for name in CONVERSATION_COLUMNS if name in filled]
     if system is not None:
         text = text_of(row[system], system, source)
         if not messages or messages[0][0] != "system":
@@ -86,6 +88,11 @@ def asked(row: Row, source: str, questions: Sequence[str] = QUESTION_COLUMNS) ->
         elif messages[0][1].strip() != text.strip():
             raise UserError(f"{source}: {system} contradicts the system message of {columns[0]}")
     return Asked(messages, tuple(columns), system, tuple(unused))
+
+
+def _contains(text: str, part: str) -> bool:
+    """Whether a prompt has a column's text already: as lines of its own, or a long one anywhere."""
+    return f"\n{part}\n" in f"\n{text}\n" or (len(part) >= 20 and part in text)
 
 
 def _turns(text: str) -> list[Message]:
