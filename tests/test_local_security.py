@@ -1,4 +1,4 @@
-"""The cluster that a run starts for itself is closed to others: ports on 127.0.0.1, token mode, a token for its owner only."""
+"""A run's own cluster is closed to others: ports on 127.0.0.1, token mode, a private token."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ disconnect()
 def test_local_cluster_listens_on_loopback_alone(tmp_path, first):
     """In a network namespace with a routable address, which Ray would prefer."""
     network = (
-        "ip link set lo up && ip link add d0 type veth peer name d1 && ip addr add 10.77.9.9/24 dev d0 && "
+        "ip link set lo up && ip link add d0 type veth peer name d1 && "
+        "ip addr add 10.77.9.9/24 dev d0 && "
         "ip link set d0 up && ip link set d1 up && ip route add default via 10.77.9.1"
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {

@@ -1,4 +1,4 @@
-"""Real pairs and a real Llama through the whole pipeline: two workers, ZeRO-2. Skipped where the data is missing."""
+"""Real pairs and a real Llama through the pipeline: two workers, ZeRO-2; skipped without data."""
 
 import json
 from pathlib import Path
@@ -62,7 +62,7 @@ def test_safety_expert_on_real_pairs(shared: Path, tmp_path: Path, objective: st
     assert weights == pytest.approx(2)
     timed = json.loads((tmp_path / "run/metrics/safety.time.jsonl").read_text().splitlines()[-1])
     assert len(timed["nodes"]) == 2  # two workers
-    # the adapter moves a plain PEFT model as the run says: the mean log-ratio of chosen responses is not zero
+    # the adapter moves a plain PEFT model as in the run: the chosen's mean log-ratio is not zero
     plain = AutoModelForCausalLM.from_pretrained(base)
     model = PeftModel.from_pretrained(plain, str(tmp_path / "run/experts/safety"))
     ids = torch.tensor([[1, 403, 407, 261, 378]])

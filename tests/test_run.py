@@ -1,4 +1,4 @@
-"""The whole job through the command line on a tiny model: what it leaves, what it repeats, where it places its workers."""
+"""A whole run through the command line on a tiny model: results, repetition, placement, kills."""
 
 import hashlib
 import json
@@ -226,7 +226,7 @@ def test_a_tampered_run_is_told_in_one_line(finished: Done) -> None:
 
 
 def overlap(run: Path) -> tuple[float, set[str], set[str]]:
-    """Share of the shorter expert's training time in which the other trained too, and the nodes of both."""
+    """Share of the shorter expert's training in which both trained, and the nodes of either."""
     spans, nodes = [], []
     for stage in ("safety", "helpfulness"):
         rows = [
@@ -266,7 +266,8 @@ def test_experts_train_at_once_on_their_own_nodes(
     ]
     longer = [f"experts.{g}.optim.steps=400" for g in ("safety", "helpfulness")]
     done = midpo(
-        "run", path, *placed, *longer, "logging.every=50", "--run-dir", tmp_path / "run", "--address", labelled_cluster.address,
+        "run", path, *placed, *longer, "logging.every=50", "--run-dir", tmp_path / "run",
+        "--address", labelled_cluster.address,
         RAY_ADDRESS=labelled_cluster.address,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -293,7 +294,9 @@ def test_a_cluster_that_holds_one_expert_at_a_time_finishes_too(
 
 
 def test_a_killed_run_goes_on(tmp_path: Path, tiny_model_dir) -> None:
-    """SIGKILL of the driver while the experts train: the same command finishes, scores nothing again, adapters are the same."""
+    """SIGKILL of the driver while the experts train: the same command ends with the same files.
+
+    Meanwhile a second command in the run directory is refused."""
     import shutil
     import signal
 
