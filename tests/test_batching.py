@@ -1,4 +1,4 @@
-"""Rows, masks and batches: what attends to what, what predicts what, and that no rank or pair is favoured."""
+"""Rows, masks and batches: what attends to what, what predicts what, and fair splits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import random
 import pytest
 
 from midpo_ray.data import batching
-from midpo_ray.data.batching import Document, collate, cost, plan_batches, split_batch, wasted_share
+from midpo_ray.data.batching import Document, collate, cost, plan_batches, split_batch
 
 LAYOUTS = ("tree", "packed", "padded")
 
@@ -22,13 +22,19 @@ def documents(count: int, seed: int = 0, prefix: int = 6, suffix: int = 9) -> li
     ]
 
 
+def wasted_share(parts, lengths, layout="tree") -> float:
+    """The share of padding among the tokens of micro-batches."""
+    total = sum(cost(part, lengths, layout) for part in parts)
+    return 1.0 - sum(lengths[i] for part in parts for i in part) / total if total else 0.0
+
+
 def test_doctest() -> None:
     assert doctest.testmod(batching).failed == 0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_response_is_read_back(layout) -> None:
-    """Following the mask from each predicting position gives prompt and response, in order of their positions."""
+    """The mask of each predicting position gives prompt and response, in order of positions."""
     made = documents(5)
     batch = collate(made, layout)
     mask, width = batch.mask(), batch.input_ids.shape[1]

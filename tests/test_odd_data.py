@@ -22,10 +22,27 @@ from midpo_ray.errors import UserError
 
 ENDINGS = ("jsonl", "json", "csv", "parquet")
 TEXTS = (
-    "plain", "two\nlines", 'a "quoted" word', "semi;colon, comma", "tab\there", "Ünïcödé", "日本語",
-    "🙂 smile", "שלום", "line\u2028separator", "back\\slash", "trailing space ", "{'a': 1}", "=1+1",
-    "e\u0301 combining", "a\u00a0space", "<b>bold</b>", "NaN", "null", "nul\x00character",
-)  # fmt: skip
+    "plain",
+    "two\nlines",
+    'a "quoted" word',
+    "semi;colon, comma",
+    "tab\there",
+    "Ünïcödé",
+    "日本語",
+    "🙂 smile",
+    "שלום",
+    "line\u2028separator",
+    "back\\slash",
+    "trailing space ",
+    "{'a': 1}",
+    "=1+1",
+    "e\u0301 combining",
+    "a\u00a0space",
+    "<b>bold</b>",
+    "NaN",
+    "null",
+    "nul\x00character",
+)
 Row = dict[str, Any]
 Expected = list[tuple[Any, ...]] | None  # (prompt, responses, labels) of each pair; None: refused
 
@@ -245,20 +262,27 @@ def cases() -> dict[str, tuple[dict[str, bytes], Expected]]:
     add(
         "an object of columns a.json", json.dumps({"prompt": ["a"], "chosen": ["b"]}).encode(), None
     )
-    add("mixed label kinds a.jsonl", encode([rows[0], {**rows[1], "safer_response_id": "1"}], "jsonl"), None)  # fmt: skip
+    add(
+        "mixed label kinds a.jsonl",
+        encode([rows[0], {**rows[1], "safer_response_id": "1"}], "jsonl"),
+        None,
+    )
     many = [{**row, "safer_response_id": rng.choice([-1, 1])} for row in pku(rng, 40)[0]]
     add("1 and -1 a.jsonl", encode(many, "jsonl"), None)
     add("yes and no a.jsonl", encode([{**rows[0], "is_response_0_safe": "yes"}], "jsonl"), None)
     twice = lines.replace(b'"prompt"', b'"response_0": "x", "prompt"', 1)
     add("a key twice a.jsonl", twice, None)
     add("a key twice a.json", b"[" + twice.splitlines()[0] + b"]", None)
-    inner = b'{"prompt": [{"role": "user", "content": "a", "content": "b"}], "chosen": "c", "rejected": "d"}'
+    inner = b'{"prompt": [{"role": "user", "content": "a", "content": "b"}], "chosen": "c", '
+    inner += b'"rejected": "d"}'
     add("a nested key twice a.jsonl", inner, None)
     add("a column twice a.csv", b"prompt,chosen,rejected,chosen\na,b,c,d\n", None)
     add("a column twice, spaced a.csv", b"prompt,chosen,rejected, chosen\na,b,c,d\n", None)
     sink = pa.BufferOutputStream()
     arrays = [pa.array([x]) for x in "abcd"]
-    pq.write_table(pa.Table.from_arrays(arrays, names=["prompt", "chosen", "rejected", "chosen"]), sink)  # fmt: skip
+    pq.write_table(
+        pa.Table.from_arrays(arrays, names=["prompt", "chosen", "rejected", "chosen"]), sink
+    )
     add("a column twice a.parquet", sink.getvalue().to_pybytes(), None)
     unnamed = b",prompt,chosen,rejected,,\n0,a,b,c,,\n"
     one = [((("user", "a"),), ("b", "c"), (None, None, 0, 0))]
@@ -297,7 +321,9 @@ def cases() -> dict[str, tuple[dict[str, bytes], Expected]]:
         pq.write_table(pa.table(typed), sink)
         add(f"{str(kind)[:10]} a.parquet", sink.getvalue().to_pybytes(), expected)
     sink = pa.BufferOutputStream()
-    bad = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")])  # fmt: skip
+    bad = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")]
+    )
     pq.write_table(pa.table({"prompt": bad, "chosen": ["a"], "rejected": ["b"]}), sink)
     add("not UTF-8 a.parquet", sink.getvalue().to_pybytes(), None)
     whole_file = encode(rows, "parquet")

@@ -118,17 +118,37 @@ CONVERSATION = (("user", "Why?"),)
 DIALOGUE = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Why?\n\nAssistant:"
 PREFERENCES = [
     ({"prompt": "Why?", "chosen": "A a.", "rejected": "B."}, CONVERSATION, ("A a.", "B.")),
-    ({"chosen": "Why is it? It is so.", "rejected": "Why is it? It was."}, (("user", "Why is it? It"),), ("is so.", "was.")),
-    ({"prompt": [QUESTION], "chosen": [answer("A")], "rejected": [answer("B")]}, CONVERSATION, ("A", "B")),
-    ({"chosen": [QUESTION, answer("A")], "rejected": [QUESTION, answer("B")]}, CONVERSATION, ("A", "B")),
-    ({"prompt": "Why?", "chosen": [QUESTION, answer("A")], "rejected": [QUESTION, answer("B")]}, CONVERSATION, ("A", "B")),
+    (
+        {"chosen": "Why is it? It is so.", "rejected": "Why is it? It was."},
+        (("user", "Why is it? It"),),
+        ("is so.", "was."),
+    ),
+    (
+        {"prompt": [QUESTION], "chosen": [answer("A")], "rejected": [answer("B")]},
+        CONVERSATION,
+        ("A", "B"),
+    ),
+    (
+        {"chosen": [QUESTION, answer("A")], "rejected": [QUESTION, answer("B")]},
+        CONVERSATION,
+        ("A", "B"),
+    ),
+    (
+        {"prompt": "Why?", "chosen": [QUESTION, answer("A")], "rejected": [QUESTION, answer("B")]},
+        CONVERSATION,
+        ("A", "B"),
+    ),
     (
         {"chosen": f"{DIALOGUE} A", "rejected": f"{DIALOGUE} A\n\n1. B"},
         (("user", "Hi"), ("assistant", "Yes?"), ("user", "Why?")),
         ("A", "A\n\n1. B"),
     ),
-    ({"prompt": "\n\nHuman: Why?\n\nAssistant:", "chosen": "A", "rejected": "B"}, CONVERSATION, ("A", "B")),
-]  # fmt: skip
+    (
+        {"prompt": "\n\nHuman: Why?\n\nAssistant:", "chosen": "A", "rejected": "B"},
+        CONVERSATION,
+        ("A", "B"),
+    ),
+]
 
 
 @pytest.mark.parametrize(("row", "prompt", "responses"), PREFERENCES)
@@ -203,9 +223,14 @@ def test_the_files_of_a_folder_are_listed(tmp_path):
 
 def test_identical_repeated_and_contradicting_rows(tmp_path):
     swapped = {
-        **ROW, "response_0": ROW["response_1"], "response_1": ROW["response_0"], "is_response_0_safe": None,
-        "is_response_1_safe": True, "better_response_id": 0, "safer_response_id": 1,
-    }  # fmt: skip
+        **ROW,
+        "response_0": ROW["response_1"],
+        "response_1": ROW["response_0"],
+        "is_response_0_safe": None,
+        "is_response_1_safe": True,
+        "better_response_id": 0,
+        "safer_response_id": 1,
+    }
     rows = [
         {**ROW, "is_response_0_safe": None},
         ROW,  # the same, and one label more
@@ -275,15 +300,31 @@ FAULTS = [
     ("a.jsonl", GOOD + b'{"prompt": \n', r"a\.jsonl:2: malformed JSON \(Expecting value at column"),
     ("a.jsonl", GOOD + b"[1]\n", r"a\.jsonl:2: a JSON object .* list"),
     ("a.json", b'[{"prompt": 1},\n{"prompt" 2}]', r"a\.json:2: malformed JSON"),
-    ("a.jsonl", without("response_1"), r"a\.jsonl:1: column response_1 missing; there are better_response_id,"),
-    ("a.jsonl", b'{"question": "x", "reply": "y"}', r"a\.jsonl:1: columns prompt, .* missing; there are question, reply"),
-    ("a.jsonl", b'{"prompt": "x", "chosen": "y"}', r"a\.jsonl:1: column rejected missing; there are chosen, prompt"),
+    (
+        "a.jsonl",
+        without("response_1"),
+        r"a\.jsonl:1: column response_1 missing; there are better_response_id,",
+    ),
+    (
+        "a.jsonl",
+        b'{"question": "x", "reply": "y"}',
+        r"a\.jsonl:1: columns prompt, .* missing; there are question, reply",
+    ),
+    (
+        "a.jsonl",
+        b'{"prompt": "x", "chosen": "y"}',
+        r"a\.jsonl:1: column rejected missing; there are chosen, prompt",
+    ),
     ("a.jsonl", without(*LABELS), "no label column"),
     ("a.jsonl", GOOD + bad(better_response_id=2), r"a\.jsonl:2: better_response_id is 2, allowed"),
     ("a.jsonl", bad(better_response_id=True), "better_response_id is True, allowed"),
     ("a.jsonl", bad(safer_response_id="2"), "safer_response_id is '2', allowed"),
     ("a.jsonl", bad(safer_response_id=-2), "safer_response_id is -2, allowed"),
-    ("a.jsonl", bad(is_response_0_safe="yes"), "is_response_0_safe is 'yes', allowed are true, false and null"),
+    (
+        "a.jsonl",
+        bad(is_response_0_safe="yes"),
+        "is_response_0_safe is 'yes', allowed are true, false and null",
+    ),
     ("a.jsonl", bad(response_0=""), r"a\.jsonl:1: response_0 is empty"),
     ("a.jsonl", bad(response_1=" \n\t"), r"a\.jsonl:1: response_1 is empty"),
     ("a.jsonl", bad(response_1=None), r"a\.jsonl:1: response_1 is empty"),
@@ -293,22 +334,49 @@ FAULTS = [
     ("a.jsonl", GOOD + b'{"prompt": "caf\xe9"}', r"a\.jsonl:2: not UTF-8 \(byte 16"),
     ("a.json", b'[\n"caf\xe9"]', r"a\.json:2: not UTF-8"),
     ("a.csv", b"prompt,response_0\ncaf\xe9,b\n", r"a\.csv:2: not UTF-8"),
-    ("a.csv", b"prompt,response_0,response_1,safer_response_id\na,b,c,0\na,b,c\n", r"a\.csv:3: 3 fields, the header has 4"),
-    ("a.csv", b"prompt,response_0,response_1,safer_response_id\na,b,c,2\n", r"a\.csv:2: safer_response_id is '2', allowed"),
+    (
+        "a.csv",
+        b"prompt,response_0,response_1,safer_response_id\na,b,c,0\na,b,c\n",
+        r"a\.csv:3: 3 fields, the header has 4",
+    ),
+    (
+        "a.csv",
+        b"prompt,response_0,response_1,safer_response_id\na,b,c,2\n",
+        r"a\.csv:2: safer_response_id is '2', allowed",
+    ),
     ("a.csv", b'prompt,response_0\n"a,b\n', r"a\.csv:2: malformed CSV"),
     ("a.parquet", b"PAR1 nothing", r"a\.parquet: not a Parquet file"),
     ("a.jsonl.gz", b"not gzip", r"a\.jsonl\.gz: not a whole gzip file"),
     ("a.jsonl.gz", gzip.compress(GOOD * 100)[:-20], r"a\.jsonl\.gz: not a whole gzip file"),
     ("a.txt", GOOD, r"a\.txt: unknown file ending, known are \.jsonl, \.json, \.parquet, \.csv"),
-    ("a.jsonl", b'{"prompt": "x", "chosen": "y", "rejected": ["z"]}', "two texts or two lists of messages"),
-    ("a.jsonl", b'{"prompt": "x", "chosen": "y", "rejected": "z", "margin": "big"}', "margin is 'big', a finite number"),
+    (
+        "a.jsonl",
+        b'{"prompt": "x", "chosen": "y", "rejected": ["z"]}',
+        "two texts or two lists of messages",
+    ),
+    (
+        "a.jsonl",
+        b'{"prompt": "x", "chosen": "y", "rejected": "z", "margin": "big"}',
+        "margin is 'big', a finite number",
+    ),
     ("a.jsonl", b'{"prompt": "x", "chosen": "y", "rejected": ""}', "rejected is empty"),
     ("a.jsonl", b'{"chosen": "abc", "rejected": "xyz"}', "do not begin with the same words"),
-    ("a.jsonl", b'{"chosen": [{"from": "user"}], "rejected": []}', "chosen holds {'from': 'user'}; a message is an object"),
-    ("a.jsonl", b'{"chosen": [{"role": "assistant", "content": "a"}], "rejected": [{"role": "assistant", "content": "b"}]}',
-     "column prompt missing"),
-    ("a.jsonl", json.dumps({"prompt": [answer("x")], "chosen": "a", "rejected": "b"}).encode(), "the role 'assistant', user is"),
-]  # fmt: skip
+    (
+        "a.jsonl",
+        b'{"chosen": [{"from": "user"}], "rejected": []}',
+        "chosen holds {'from': 'user'}; a message is an object",
+    ),
+    (
+        "a.jsonl",
+        json.dumps({"chosen": [answer("a")], "rejected": [answer("b")]}).encode(),
+        "column prompt missing",
+    ),
+    (
+        "a.jsonl",
+        json.dumps({"prompt": [answer("x")], "chosen": "a", "rejected": "b"}).encode(),
+        "the role 'assistant', user is",
+    ),
+]
 
 
 @pytest.mark.parametrize(

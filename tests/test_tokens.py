@@ -66,7 +66,8 @@ def test_paper_template_bos_once_and_eos_at_the_end(byte_tokenizer):
 
 def test_paper_template_of_many_turns(byte_tokenizer):
     ids = Tokenization(byte_tokenizer, data()).prompt_ids(DIALOGUE)
-    text = "<s>BEGINNING OF CONVERSATION: USER: Be brief.\n\nHi ASSISTANT:Yes?</s>USER: Why? ASSISTANT:"
+    text = "<s>BEGINNING OF CONVERSATION: USER: Be brief.\n\nHi ASSISTANT:Yes?</s>"
+    text += "USER: Why? ASSISTANT:"
     assert byte_tokenizer.decode(ids) == text
     assert ids.count(EOS) == 1  # the template's, as one token
 
@@ -95,7 +96,10 @@ def test_chat_template_is_the_tokenizer_s_own(chatty):
 
 
 def test_white_space_that_a_chat_template_has_before_an_answer(chatty):
-    template = "{% for m in messages %}{{ '[' + m['content'] + ']' if m['role'] == 'user' else ' ' + m['content'] }}{% endfor %}"
+    template = (
+        "{% for m in messages %}{{ '[' + m['content'] + ']' if m['role'] == 'user' "
+        "else ' ' + m['content'] }}{% endfor %}"
+    )
     tokenizer = chatty(template)
     assert tokenizer.decode(Tokenization(tokenizer, data()).response_ids("yes", 9)[0]) == " yes</s>"
 
@@ -194,7 +198,8 @@ def test_tokenizer_and_template_faults(byte_tokenizer, chatty):
         with pytest.raises(UserError, match=message):
             Tokenization(tokenizer, data(**keys))
     picky = chatty(
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}x"
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}"
+        "{% endif %}x"
     )
     with pytest.raises(
         UserError,
@@ -256,7 +261,7 @@ def test_a_template_with_today_s_date_gives_the_same_ids_every_day(chatty, monke
 
 
 def test_real_pairs_have_the_ids_of_the_whole_text(shared):
-    """A SentencePiece-like tokenizer puts a space before any text: a response must not get one that the template has not."""
+    """A SentencePiece-like tokenizer puts a space before any text, which no response may get."""
     tokenizer = AutoTokenizer.from_pretrained(shared / "data" / "stories260k")
     settings = data()
     start = time.perf_counter()
@@ -298,11 +303,19 @@ def test_inspect_text_alone():
     ]
     text = describe_pairs(pairs, report, stage="safety", show=1)
     for part in (
-        "a.jsonl: 4 rows, 3 taken", "3 pairs, 2 prompts", "dropped: 1 identical responses", "... and 2 conflicts more",
-        "better_response_id: 0 1, 1 1, null 1", "safe flags: both safe 1, one safe 2", "better and safer: differ 1, same 1",
-        "warning: in 1 pairs safer_response_id is the unsafe response", "left out: 1 both safe",
-        "pair a.jsonl:1: chosen is response 0", "words", "user: p \\x1b[2J",
-    ):  # fmt: skip
+        "a.jsonl: 4 rows, 3 taken",
+        "3 pairs, 2 prompts",
+        "dropped: 1 identical responses",
+        "... and 2 conflicts more",
+        "better_response_id: 0 1, 1 1, null 1",
+        "safe flags: both safe 1, one safe 2",
+        "better and safer: differ 1, same 1",
+        "warning: in 1 pairs safer_response_id is the unsafe response",
+        "left out: 1 both safe",
+        "pair a.jsonl:1: chosen is response 0",
+        "words",
+        "user: p \\x1b[2J",
+    ):
         assert part in text, part
     assert "router (rule labels)" in describe_pairs(pairs, report)
     assert "read scores" in describe_pairs(pairs, report, stage="pareto")

@@ -57,11 +57,9 @@ def inspect(
     sets = (DataSet(path=data),)
     settings = Data(sets=sets, template=template, max_length=max_length, long_prompts="drop")
     pairs, report = read_pairs(sets, seed=0)
-    tokenizer = load_tokenizer(Model(path=model)) if model else None
-    tokenization = Tokenization(tokenizer, settings) if tokenizer else None
+    tokenization = Tokenization(load_tokenizer(Model(path=model)), settings) if model else None
     rows = rule if stage == "router" else stage
-    more: Any = {"tokenization": tokenization, "tokenizer": tokenizer, "show": show}
-    print(describe_pairs(pairs, report, stage=rows, **more))
+    print(describe_pairs(pairs, report, stage=rows, tokenization=tokenization, show=show))
 
 
 @command("Prepare", "doctor --address auto")

@@ -69,7 +69,7 @@ class Config(Section):
             what = " and ".join(f"scores.{kind}" for kind in needed)
             raise ValueError(
                 f"router.rule is {self.router.rule}, which needs {what}: "
-                "use pareto_labels or labels"
+                "use pareto_labels, safe_first or labels"
             )
         return self
 

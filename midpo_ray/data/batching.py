@@ -33,7 +33,6 @@ __all__ = [
     "cost",
     "plan_batches",
     "split_batch",
-    "wasted_share",
 ]
 
 Layout = Literal["tree", "packed", "padded"]
@@ -244,11 +243,3 @@ def cost(part: Sequence[int], lengths: Sequence[int], layout: Layout) -> int:
     if layout == "packed":
         return sum(lengths[i] for i in part)
     return len(part) * max((lengths[i] for i in part), default=0)
-
-
-def wasted_share(
-    parts: Sequence[Sequence[int]], lengths: Sequence[int], layout: Layout = "tree"
-) -> float:
-    """The share of padding among the tokens of some micro-batches."""
-    total = sum(cost(part, lengths, layout) for part in parts)
-    return 1.0 - sum(lengths[i] for part in parts for i in part) / total if total else 0.0

@@ -27,7 +27,6 @@ def describe_pairs(
     *,
     stage: str | None = None,
     tokenization: Tokenization | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
     show: int = 2,
 ) -> str:
     """Counts, reading, dropped rows, label balance, lengths, and ``show`` pairs token by token.
@@ -36,7 +35,6 @@ def describe_pairs(
         stage: safety, helpfulness or a rule of the router: its pairs alone are measured and shown;
             else all pairs.
         tokenization: how texts become tokens; without it lengths are in words and characters.
-        tokenizer: prints the tokens' names; default the tokenization's own.
     """
     rules: tuple[str, ...] = LABEL_RULES
     if stage in LABEL_RULES:
@@ -68,8 +66,7 @@ def describe_pairs(
     if tokenization is None:
         lines += ["", *_text_lengths(kept), "", *_texts(kept[:show], titles)]
     else:
-        names = tokenizer or tokenization.tokenizer
-        lines += ["", *_tokens(kept, titles, tokenization, names, show)]
+        lines += ["", *_tokens(kept, titles, tokenization, show)]
     return "\n".join(lines)
 
 
@@ -183,11 +180,10 @@ def _tokens(
     pairs: Sequence[Pair],
     titles: Sequence[str],
     tokenization: Tokenization,
-    tokenizer: PreTrainedTokenizerBase,
     show: int,
 ) -> list[str]:
     """Lengths in tokens, faults of special tokens, and the first pairs token by token."""
-    before = Counter(tokenization.counts)
+    tokenizer, before = tokenization.tokenizer, Counter(tokenization.counts)
     documents = tokenization.documents(pairs)
     cut = tokenization.counts - before
     triples = zip(pairs, titles, documents, strict=True)
