@@ -10,6 +10,7 @@ differ), n tokens of a segment, m of those that it sees.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -54,6 +55,8 @@ def attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    if kwargs.get("sliding_window", window) not in (window, *tree.windows):
+        raise ValueError("the model's sliding window is not its configuration's")
     if dropout or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise ValueError("attention with dropout, a soft cap or sinks needs model.attention: eager")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -63,7 +66,8 @@ def attention_forward(
 class Tree:
     """A batch's segments, and what is added to the scores of each: 0 where it sees, else -inf."""
 
-    def __init__(self, batch: TokenBatch) -> None:
+    def __init__(self, batch: TokenBatch, windows: Iterable[int | None] = ()) -> None:
+        self.windows = set(windows)  # of the configuration, also those longer than a row
         self.segments, self._device = batch.segments, batch.input_ids.device
         self._added: dict[tuple[int, int, int | None], Tensor] = {}
 

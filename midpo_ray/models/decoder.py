@@ -96,7 +96,7 @@ class TreeDecoder(nn.Module):
             k: w if w is not None and w < length else None for k, w in self._windows.items()
         }
         if kind == attention.NAME:
-            tree = attention.Tree(batch)
+            tree = attention.Tree(batch, self._windows.values())
             masks = {window: tree.mark(window) for window in set(effective.values())}
         else:
             masks = {window: self._mask(kind, batch, window) for window in set(effective.values())}
