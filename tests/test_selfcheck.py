@@ -8,10 +8,12 @@ import pytest
 import torch
 import transformers
 from families import build, plain_log_probs
+from ranks import run_ranks
 
 from midpo_ray.data.batching import Document, collate
 from midpo_ray.errors import UserError
 from midpo_ray.models import selfcheck
+from midpo_ray.models.base import add_lora, load_base
 from midpo_ray.models.decoder import as_padded
 from midpo_ray.models.logprobs import ResponseLogProbs
 from midpo_ray.models.selfcheck import check_generation, documents, relative_error
@@ -55,7 +57,7 @@ def test_gradients_of_padded_rows_are_those_of_the_tree() -> None:
         model.model.layers[0].mlp.down_proj.weight.requires_grad_()
         policy = ResponseLogProbs(model)
         policy.use(way)
-        (policy(collate(cases)) * torch.arange(1.0, 5.0)).sum().backward()
+        (policy(collate(cases)) * torch.arange(1.0, 4.0)).sum().backward()
         gradients.append(model.model.layers[0].mlp.down_proj.weight.grad)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)
 
@@ -157,4 +159,32 @@ def test_the_documents_are_the_same_everywhere() -> None:
     first = documents(97)
     assert first == documents(97)
     assert all(0 <= i < 97 for d in first for ids in (d.prefix, *d.suffixes) for i in ids)
-    assert len(plain_log_probs(build("llama"), first)) == 4
+    assert len(plain_log_probs(build("llama"), first)) == 3
+
+
+def sharded_log_probs(rank: int, world: int, folder: str) -> tuple[str, int, torch.Tensor]:
+    """A base model of which ZeRO-3 gives every rank its share only."""
+    from midpo_ray import config
+    from midpo_ray.training.engine import deepspeed, deepspeed_settings, prepare
+
+    optim = config.Optim(lr=1e-3, batch_size=2)
+    settings = deepspeed_settings(config.DeepSpeed(stage=3), optim, "float32", world)
+    kept = prepare(settings, on_gpu=False)
+    base = load_base(config.Model(path=folder))
+    policy = ResponseLogProbs(add_lora(base, config.Lora(r=2), 1))
+    del kept
+    held = sum(p.numel() for p in base.parameters() if not p.requires_grad)
+    engine = deepspeed(policy, optim, settings, "cpu")
+    return policy.way, held, engine(collate(documents(97))).detach()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "way"), [("llama", "tree"), ("mpt", "rows")])
+def test_models_that_are_sharded(tmp_path, family: str, way: str) -> None:
+    model = build(family)
+    model.save_pretrained(tmp_path)
+    expected = plain_log_probs(model, documents(97))
+    for chosen, held, values in run_ranks(sharded_log_probs, 2, str(tmp_path)):
+        assert chosen == way
+        assert held == 0  # they are sharded again
+        torch.testing.assert_close(values.double(), expected, rtol=1e-5, atol=1e-4)

@@ -27,7 +27,8 @@ Way = Literal["tree", "rows"]
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 1.5e-2}
 BATCHED = "_midpo_batched"  # attribute of a served model: whether it generates in padded batches
 _LAYOUTS: tuple[Layout, ...] = ("tree", "packed", "padded")
-_LENGTHS = ((7, 9, 5), (3, 6, 8))  # tokens of each document's prompt and responses (ours)
+# Two documents, few tokens: each response costs a forward pass of the reference (ours).
+_PROMPTS, _RESPONSES = (7, 3), ((9, 5), (8,))
 _NEW_TOKENS = 3  # of each generated row
 _chosen: dict[str, tuple[Way | None, str]] = {}  # model content -> the way, or why there is none
 
@@ -51,11 +52,14 @@ class Checked(Protocol):
 def documents(vocabulary: int) -> list[Document]:
     """The documents of the check, of random tokens that do not depend on anything else."""
     rng = random.Random("self-check")
-    columns = [[rng.randrange(vocabulary) for _ in range(sum(lengths))] for lengths in _LENGTHS]
-    made = []
-    for ids, (prompt, first, _) in zip(columns, _LENGTHS, strict=True):
-        made.append(Document(ids[:prompt], [ids[prompt : prompt + first], ids[prompt + first :]]))
-    return made
+
+    def tokens(length: int) -> list[int]:
+        return [rng.randrange(vocabulary) for _ in range(length)]
+
+    return [
+        Document(tokens(prompt), [tokens(length) for length in lengths])
+        for prompt, lengths in zip(_PROMPTS, _RESPONSES, strict=True)
+    ]
 
 
 def choose_way(model: Any, checked: Checked) -> Way:
