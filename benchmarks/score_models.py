@@ -28,7 +28,7 @@ from midpo_ray.config import load_config
 from midpo_ray.data.schema import prompt_key
 from midpo_ray.metrics import bootstrap_weighted
 from midpo_ray.models.scorers import plain_text
-from midpo_ray.pipeline.reward import Row, read_rows, scoring_config
+from midpo_ray.pipeline.reward import Row, read_score_pairs, scoring_config
 
 Texts = Sequence[tuple[str, str]]  # (prompt, response)
 STRENGTHS = (0.01, 0.1, 1.0, 10.0)
@@ -213,7 +213,7 @@ def main() -> None:
     ]
     result = {
         kind: compare(kind, arguments.run_dir, rows)
-        for kind, rows in read_rows(config, kinds, lambda _: None).items()
+        for kind, rows in read_score_pairs(config, kinds).items()
     }
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -34,18 +35,16 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_llama, byte_tokenizer) 
 
 
 @pytest.mark.slow
-def test_both_kinds_are_trained_and_measured(world: Path) -> None:
+def test_both_kinds_are_trained_and_measured(world: Path, caplog) -> None:
     command = ("reward", world / "small.yaml", "--run-dir", world / "run")
     only = midpo(*command, "--kind", "cost")
     assert only.returncode == 0, only.stderr
     both = midpo(*command)
     assert both.returncode == 0, both.stderr
     assert "cost: to run" not in both.stdout
-    said: list[str] = []
-    report = train_score_models(
-        load_config(world / "small.yaml"), run_dir=str(world / "run"), say=said.append
-    )
-    assert "nothing to do: reward, cost are done" in said[0]
+    caplog.set_level(logging.INFO, "midpo_ray")
+    report = train_score_models(load_config(world / "small.yaml"), run_dir=str(world / "run"))
+    assert "nothing to do: reward, cost" in caplog.messages[0]
     assert report == json.loads((world / "run/reward/report.json").read_text())
     for kind in ("reward", "cost"):
         told, folder = report[kind], world / "run/reward" / kind
@@ -83,8 +82,6 @@ def test_both_kinds_are_trained_and_measured(world: Path) -> None:
 def test_bad_input_is_one_line_before_ray_starts(world: Path, override: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         train_score_models(
-            load_config(world / "small.yaml", [override]),
-            run_dir=str(world / "bad"),
-            say=lambda _: None,
+            load_config(world / "small.yaml", [override]), run_dir=str(world / "bad")
         )
     assert "\n" not in str(error.value)

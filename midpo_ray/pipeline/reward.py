@@ -8,8 +8,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ from .run import cache_folder, run_directory
 from .signals import write_table
 from .train import train, wait_for_groups
 
-Say = Callable[[str], None]
+log = logging.getLogger(__name__)
 REPORT = "reward/report.json"
 
 
@@ -52,13 +53,12 @@ def train_score_models(
     *,
     run_dir: str | None = None,
     kinds: Sequence[str] = SCORES,
-    say: Say = print,
 ) -> dict[str, Any]:
     """Train what is missing of the reward and the cost model; the report's content, by kind.
 
     Args:
         config: its ``reward_model`` says from what and how; prompts are held out as in the run itself.
-        address, run_dir, say: as of ``pipeline.run.run``.
+        address, run_dir: as of ``pipeline.run.run``.
 
     Raises:
         UserError: bad input, told in one line; a model that is finished stays finished.
@@ -79,29 +79,29 @@ def train_score_models(
     report: dict[str, Any] = json.loads(run.read(REPORT)) if run.exists(REPORT) else {}
     stale = [s for s in steps if s.reason or report.get(s.stage, {}).get("digest") != s.digest]
     if not stale:
-        say(f"nothing to do: {', '.join(kinds)} are done in {run.uri}")
+        log.info(f"nothing to do: {', '.join(kinds)} are done in {run.uri}")
     else:
         cache = cache_folder(config, run)
         scoring = resolve(scoring, cache)
-        rows = read_rows(scoring, [s.stage for s in stale], say)
+        rows = read_score_pairs(scoring, [s.stage for s in stale])
         todo = [s for s in stale if s.reason]
         with run_lock(run):
             session = cluster.connect(address)
             try:
                 wait_for_groups(scoring, [s.stage for s in todo])
                 manifest.claim(config)  # nothing is written before this
-                _train(scoring, run, manifest, todo, rows, say)
+                _train(scoring, run, manifest, todo, rows)
                 for step in stale:
                     report[step.stage] = {
                         "digest": step.digest,
-                        **_measure(scoring, run, cache, step.stage, rows[step.stage], say),
+                        **_measure(scoring, run, cache, step.stage, rows[step.stage]),
                     }
                     run.write(REPORT, json.dumps(report, indent=1).encode())
             finally:
                 if session is not None:
                     cluster.disconnect()
     for kind in kinds:
-        say(describe_score_metrics(kind, report[kind]))
+        log.info(describe_score_metrics(kind, report[kind]))
     return report
 
 
@@ -125,7 +125,7 @@ def fingerprint(config: Config, kind: str) -> dict[str, str]:
     }
 
 
-def read_rows(config: Config, kinds: Sequence[str], say: Say) -> dict[str, list[Row]]:
+def read_score_pairs(config: Config, kinds: Sequence[str]) -> dict[str, list[Row]]:
     """Each kind's labelled pairs, tokenised; all that a user's fault can spoil is tried here, before Ray starts."""
     from ..data.read import read_pairs
     from ..models.base import check_targets
@@ -137,7 +137,7 @@ def read_rows(config: Config, kinds: Sequence[str], say: Say) -> dict[str, list[
         check_targets(config.model, config.reward_model.lora, config.reward_model.layers)
     pairs, report = read_pairs(config.data.sets, seed=config.seed)
     for line in report.lines():
-        say(f"data: {line}")
+        log.info(f"data: {line}")
     rows: dict[str, list[Row]] = {}
     for kind in kinds:
         label = "better_response_id" if kind == "reward" else "safer_response_id"
@@ -156,7 +156,7 @@ def read_rows(config: Config, kinds: Sequence[str], say: Say) -> dict[str, list[
         left_out["the same within max_length"] += len(labelled) - len(rows[kind])
         held_out = sum(row.held_out for row in rows[kind])
         reasons = "".join(f", {count} {reason}" for reason, count in left_out.items() if count)
-        say(f"{kind}: {len(rows[kind])} pairs, {held_out} of them held out{reasons}")
+        log.info(f"{kind}: {len(rows[kind])} pairs, {held_out} of them held out{reasons}")
         if not 0 < held_out < len(rows[kind]):
             what = (
                 "held out to measure the model on"
@@ -182,12 +182,11 @@ def _train(
     manifest: Manifest,
     todo: list[Step],
     rows: dict[str, list[Row]],
-    say: Say,
 ) -> None:
     if not todo:
         return
     for step in todo:
-        say(f"{step.stage}: to run, {step.reason}")
+        log.info(f"{step.stage}: to run, {step.reason}")
         write_table(run / f"{FOLDERS[step.stage]}.work", "pairs.parquet", _table(rows[step.stage]))
 
     def commit(kind: str, seconds: float) -> None:
@@ -195,7 +194,7 @@ def _train(
             kind, next(s.parts for s in todo if s.stage == kind), FOLDERS[kind], seconds
         )
         (run / f"{FOLDERS[kind]}.work").delete()
-        say(f"{kind}: done in {seconds:.1f} s")
+        log.info(f"{kind}: done in {seconds:.1f} s")
 
     train(config, run, todo, commit)
 
@@ -216,7 +215,7 @@ def _table(rows: Sequence[Row]) -> pa.Table:
 
 
 def _measure(
-    config: Config, run: Storage, cache: Storage, kind: str, rows: Sequence[Row], say: Say
+    config: Config, run: Storage, cache: Storage, kind: str, rows: Sequence[Row]
 ) -> dict[str, Any]:
     """The figures of the saved model, read and used as any other scorer."""
     from .score import score

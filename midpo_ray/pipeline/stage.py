@@ -298,7 +298,7 @@ def _train(spec: StageSpec, device: Any, rank: int) -> StageResult:
         watchdog.heartbeat(result.step, "save")
         state = trained_state(engine, model, keep_dtype=stage not in SCORES)
         if is_first:
-            save(config, stage, model, state, run, Path(scratch))
+            save_stage(config, stage, model, state, run, Path(scratch))
     return StageResult(Outcome.FINISHED, result.step)
 
 
@@ -379,7 +379,7 @@ def build_model(config: Config, stage: str, experts: Storage, device: Any, scrat
     return model
 
 
-def save(
+def save_stage(
     config: Config, stage: str, model: Any, state: dict[str, Any], run: Storage, scratch: Path
 ) -> None:
     """Write the result whole under its final name: a PEFT adapter, a router, or a classifier."""

@@ -33,7 +33,7 @@ _NAME = re.compile(r"step-(\d{8})")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class SavedState:
     step: int  # optimizer steps taken
     tensors: dict[str, Tensor]
     state: dict[str, Any]
@@ -80,7 +80,7 @@ class Checkpoints:
         for old in beyond(self.steps(), self.keep):
             self.folder.delete(name_of(old))
 
-    def load(self, step: int) -> Checkpoint:
+    def load(self, step: int) -> SavedState:
         """Reads one.
 
         Raises:
@@ -98,9 +98,9 @@ class Checkpoints:
             raise ValueError(f"{name} is corrupt (the hash of {TENSORS} is not the one in {STATE})")
         if content.get("digest") != self.digest:
             raise ValueError(f"{name} is of another configuration")
-        return Checkpoint(step, safetensors.torch.load(data), content)
+        return SavedState(step, safetensors.torch.load(data), content)
 
-    def resume(self) -> Checkpoint | None:
+    def resume(self) -> SavedState | None:
         """The newest good checkpoint, None where there is none; everything else in the folder is removed (rank 0 only)."""
         found = None
         for step in reversed(self.steps()):

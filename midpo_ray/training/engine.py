@@ -22,7 +22,7 @@ from .checkpoint import KINDS
 T = TypeVar("T")
 
 
-class Group:
+class ProcessGroup:
     """The ranks that train together; one process is a group of one.
 
     Control messages take gloo, so that no GPU waits for them.
@@ -66,7 +66,7 @@ class Group:
 
 
 class Engine(Protocol):
-    group: Group
+    group: ProcessGroup
     module: nn.Module  # what was given; its parameters' names are the trained state's
 
     def __call__(self, *inputs: Any) -> Any:
@@ -118,7 +118,7 @@ def plain(
 
 class PlainEngine:
     def __init__(self, module: nn.Module, optim: config.Optim, device: torch.device) -> None:
-        self.module, self.group, self._clip = module, Group(device), optim.clip
+        self.module, self.group, self._clip = module, ProcessGroup(device), optim.clip
         self._named = trainable(module)
         for parameter in self._named.values():
             if self.group.world > 1:
@@ -207,7 +207,7 @@ class DeepSpeedEngine:
     ) -> None:
         import deepspeed as ds
 
-        self.module, self.group = module, Group(device)
+        self.module, self.group = module, ProcessGroup(device)
         self._stage = settings["zero_optimization"]["stage"]
         self._named = trainable(module)
         self._gathered = lambda: ds.zero.GatheredParameters(

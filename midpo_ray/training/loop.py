@@ -16,7 +16,7 @@ import torch
 from .. import config
 from ..data.batching import collate
 from ..errors import UserError
-from .checkpoint import Checkpoint, Checkpoints
+from .checkpoint import Checkpoints, SavedState
 from .engine import Engine
 from .metrics import MetricAccumulator, MetricsLog, means, total
 from .schedule import BatchSchedule, allowed_deviation, due, learning_rate, step_seed
@@ -123,7 +123,7 @@ def fit(
                 metrics.write(_record(done, schedule, "validation", sums))
         if following.checkpoint:
             heartbeat(done, "checkpoint")
-            save(engine, accumulator, checkpoints, done, train.ids)
+            save_checkpoint(engine, accumulator, checkpoints, done, train.ids)
             saved = time.monotonic()
         if following.stop:
             return FitResult(done, last, start)
@@ -139,7 +139,7 @@ def resume(
     metrics: MetricsLog | None,
 ) -> int:
     """Restore state, sums and metrics files of the newest checkpoint; the steps taken, 0 without."""
-    found: Checkpoint | None = engine.group.broadcast_object(
+    found: SavedState | None = engine.group.broadcast_object(
         checkpoints.resume() if engine.group.rank == 0 else None
     )
     done = found.step if found else 0
@@ -152,7 +152,7 @@ def resume(
     return done
 
 
-def save(
+def save_checkpoint(
     engine: Engine,
     accumulator: MetricAccumulator,
     checkpoints: Checkpoints,

@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import config
 from ..errors import UserError
 from ..storage import Storage
-from .engine import Group
+from .engine import ProcessGroup
 from .steps import PER_TOKEN
 
 Sums = dict[str, float]
@@ -30,7 +30,7 @@ Sums = dict[str, float]
 class MetricAccumulator:
     """A rank's sums since the last log, in float64: a resumed run adds the same in the same order."""
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: ProcessGroup) -> None:
         self.group = group
         self._sums: dict[str, Tensor] = {}
         self._checked: list[tuple[int, list[int], Tensor]] = []  # (step, rows, loss or norm)
