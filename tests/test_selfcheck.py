@@ -9,6 +9,7 @@ import torch
 import transformers
 from families import build, plain_log_probs
 from ranks import run_ranks
+from routing_world import make_run, routed_of
 
 from midpo_ray.data.batching import Document, collate
 from midpo_ray.errors import UserError
@@ -188,3 +189,20 @@ def test_models_that_are_sharded(tmp_path, family: str, way: str) -> None:
         assert chosen == way
         assert held == 0  # they are sharded again
         torch.testing.assert_close(values.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("keys", [{"scope": "last"}, {"scope": "token"}, {"scope": "prompt"}])
+def test_routed_models_generate_as_their_gates_decide(
+    tmp_path, tiny_llama, byte_tokenizer, monkeypatch, keys
+) -> None:
+    routed = routed_of(make_run(tmp_path, tiny_llama(), byte_tokenizer), **keys)
+    assert check_generation(routed, "routed", routed=True)
+    forward = type(routed).forward
+
+    def other_gates(self, *args, **inputs):
+        with self.force_gates(1.0, 0.0):
+            return forward(self, *args, **inputs)
+
+    monkeypatch.setattr(type(routed), "forward", other_gates)
+    with pytest.raises(UserError, match="routed"):
+        check_generation(routed, "routed", routed=True)
