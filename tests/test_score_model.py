@@ -82,8 +82,10 @@ def documents(count: int = 6, seed: int = 0) -> list[Document]:
 
 
 def batch(made: list[Document], layout: str = "tree") -> StepBatch:
-    signs = {f"sign_{name}": torch.tensor([(-1.0, 0.0, 1.0)[(i + k) % 3] for i in range(len(made))]) for k, name in
-             enumerate(("chosen", "rejected"))}  # fmt: skip
+    signs = {}
+    for k, name in enumerate(("chosen", "rejected")):
+        values = [(-1.0, 0.0, 1.0)[(i + k) % 3] for i in range(len(made))]
+        signs[f"sign_{name}"] = torch.tensor(values)
     return StepBatch(collate(made, layout), signs)
 
 
@@ -257,8 +259,12 @@ def test_documents_share_what_is_alike(tiny_model_dir):
 def test_it_learns_to_order_and_to_sign(tmp_path, tiny_model_dir, kind):
     """Answers of eight good bytes are better and safe, those of eight bad ones are neither."""
     draw, count = random.Random(0), 160
-    good, bad = [[[draw.randrange(low, high) for _ in range(draw.randint(2, 6))] for _ in range(count)] for low, high in
-                 ((3, 11), (11, 19))]  # fmt: skip
+
+    def answer(low: int, high: int) -> list[int]:
+        return [draw.randrange(low, high) for _ in range(draw.randint(2, 6))]
+
+    good = [answer(3, 11) for _ in range(count)]
+    bad = [answer(11, 19) for _ in range(count)]
     table = ScoreTable(
         pa.table(
             {
@@ -276,9 +282,11 @@ def test_it_learns_to_order_and_to_sign(tmp_path, tiny_model_dir, kind):
     settings = config(tiny_model_dir(), optim=optim)
     engine = plain(ResponseScores(build_score_model(settings)), settings.reward_model.optim)
     fit(
-        engine=engine, step=ScoreStep(engine, kind), table=table, optim=settings.reward_model.optim, seed=0,
+        engine=engine, step=ScoreStep(engine, kind), table=table,
+        optim=settings.reward_model.optim, seed=0,
         checkpoints=Checkpoints(Storage(tmp_path / "checkpoints"), keep=1, digest="d"),
-        metrics=MetricsLog(Storage(tmp_path), kind, settings.logging), checkpoint=settings.checkpoint, logging=settings.logging,
+        metrics=MetricsLog(Storage(tmp_path), kind, settings.logging),
+        checkpoint=settings.checkpoint, logging=settings.logging,
     )  # fmt: skip
     *_, last = [json.loads(line) for line in (tmp_path / f"{kind}.jsonl").read_text().splitlines()]
     assert last["split"] == "validation"

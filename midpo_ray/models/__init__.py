@@ -1,4 +1,4 @@
-"""Base model, LoRA experts, scorers, response log-probabilities, router. Neither Ray nor DeepSpeed is needed here."""
+"""Base model, LoRA experts, scorers, response log-probabilities, router; no Ray or DeepSpeed."""
 
 from .assembly import load_routed, route, save_router
 from .base import add_lora, load_adapter, load_base, load_tokenizer, model_fingerprint
