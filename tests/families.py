@@ -10,24 +10,30 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VOCABULARY = 97
-# What a name of a whole number in a configuration means, by its last matching part, and its tiny value.
+# A configuration's whole numbers, by name, and their tiny values.
 SIZES = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "d_model": 32, "n_embd": 32, "embedding_size": 32, "word_embed_proj_dim": 32,
-    "dim_model": 32, "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "num_heads": 4, "head_dim": 8, "dim_head": 8, "attention_head_dim": 8,
-    "intermediate_size": 64, "ffn_dim": 64, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "ffn_hidden_size": 64,
-    "dim_ff": 64, "dff": 64, "n_inner": 64, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
-    "moe_shared_expert_intermediate_size": 16, "shared_intermediate_size": 16, "mlp_hidden_size": 64,
-    "num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
-    "num_experts_per_token": 2, "moe_topk": 2, "moe_k": 2, "moe_top_k": 2, "n_group": 1, "topk_group": 1, "num_expert_group": 1,
-    "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "o_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
-    "v_head_dim": 8, "qk_head_dim": 16, "rotary_dim": 8, "max_position_embeddings": 64, "n_positions": 64, "n_ctx": 64,
-    "max_seq_len": 64, "max_sequence_length": 64, "sliding_window": 5, "state_size": 8, "mamba_d_state": 8, "mamba_n_heads": 8, "mamba_d_head": 8,
-    "mamba_d_ssm": 64, "mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "mamba_n_groups": 1,
-    "mamba_chunk_size": 16, "chunk_size": 16, "time_step_rank": 4, "mamba_dt_rank": 4, "linear_num_value_heads": 4,
-    "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "lru_width": 32, "global_head_dim": 8,
-    "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "index_head_dim": 16, "index_n_heads": 2,
-    "index_topk": 64, "attention_hidden_size": 32, "moe_num_shared_experts": 1, "num_shared_experts": 1, "n_shared_experts": 1,
+    "vocab_size": VOCABULARY, "hidden_size": 32, "d_model": 32, "n_embd": 32, "embedding_size":
+    32, "word_embed_proj_dim": 32, "dim_model": 32, "num_attention_heads": 4, "n_head": 4,
+    "n_heads": 4, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_heads": 4,
+    "head_dim": 8, "dim_head": 8, "attention_head_dim": 8, "intermediate_size": 64, "ffn_dim": 64,
+    "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "ffn_hidden_size": 64, "dim_ff": 64, "dff": 64,
+    "n_inner": 64, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 16, "shared_intermediate_size": 16, "mlp_hidden_size":
+    64, "num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4, "moe_num_experts": 4,
+    "num_experts_per_tok": 2, "num_experts_per_token": 2, "moe_topk": 2, "moe_k": 2, "moe_top_k":
+    2, "n_group": 1, "topk_group": 1, "num_expert_group": 1, "first_k_dense_replace": 1,
+    "q_lora_rank": 16, "kv_lora_rank": 16, "o_lora_rank": 16, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8, "v_head_dim": 8, "qk_head_dim": 16, "rotary_dim": 8,
+    "max_position_embeddings": 64, "n_positions": 64, "n_ctx": 64, "max_seq_len": 64,
+    "max_sequence_length": 64, "sliding_window": 5, "state_size": 8, "mamba_d_state": 8,
+    "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64, "mamba_num_heads": 8,
+    "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "mamba_n_groups": 1,
+    "mamba_chunk_size": 16, "chunk_size": 16, "time_step_rank": 4, "mamba_dt_rank": 4,
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "lru_width": 32, "global_head_dim": 8,
+    "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "index_head_dim":
+    16, "index_n_heads": 2, "index_topk": 64, "attention_hidden_size": 32,
+    "moe_num_shared_experts": 1, "num_shared_experts": 1, "n_shared_experts": 1,
 }  # fmt: skip
 LAYERS = (
     "num_hidden_layers",
@@ -51,7 +57,10 @@ UNSET = {
 }  # where it is None
 SPECIAL: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8},
-    "reformer": {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (8, 8), "attn_layers": ["local", "local"]},
+    "reformer": {
+        "axial_pos_embds_dim": (16, 16), "axial_pos_shape": (8, 8),
+        "attn_layers": ["local", "local"],
+    },
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "xlm": {"n_langs": 1, "emb_dim": 32, "n_words": VOCABULARY},
     "xlstm": {"num_blocks": 2},
@@ -114,7 +123,7 @@ def depth(values: dict[str, Any]) -> int:
 
 
 def build(family: str, **settings: Any) -> Any:
-    """A random model of the family; raises what transformers raises where it cannot be built tiny."""
+    """A random model of the family; raises what transformers raises where it cannot be tiny."""
     config = tiny_config(family)
     for name, value in settings.items():
         setattr(config, name, value)

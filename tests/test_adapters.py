@@ -1,4 +1,4 @@
-"""Adapters as others make them: evaluation gives PEFT's own logits, a router takes plain ones alone."""
+"""Adapters as others make them: evaluation gives PEFT's logits, a router takes plain ones alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The base model, its tokenizer and adapters: what loads, what a seed decides, and that every fault is one line."""
+"""The base model, its tokenizer and adapters: what loads, and that every fault is one line."""
 
 from __future__ import annotations
 

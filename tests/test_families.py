@@ -58,8 +58,10 @@ def test_every_family_is_right_or_refused() -> None:
     refused = sorted(f for f, way in ways.items() if way == "refused")
     rows = sorted(f for f, way in ways.items() if way == ROWS)
     print(
-        f"\n{len(ways) - len(refused)} of {len(ways)} families are right, {len(rows)} of them as padded rows; "
-        f"refused: {', '.join(refused)}; not built: {', '.join(not_built)}; {time.monotonic() - started:.0f} s"
+        f"\n{len(ways) - len(refused)} of {len(ways)} families are right, "
+        f"{len(rows)} of them as padded rows; "
+        f"refused: {', '.join(refused)}; not built: {', '.join(not_built)}; "
+        f"{time.monotonic() - started:.0f} s"
     )
     assert wrong == {}
     assert all(f"model {f} (" in text and "\n" not in text for f, text in messages.items())
@@ -80,8 +82,9 @@ def documented() -> dict[str, set[str]]:
 
 
 COMMON = (
-    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox",
-    "opt", "falcon", "stablelm", "nemotron", "cohere", "cohere2", "granite", "olmo2", "smollm3", "starcoder2", "deepseek_v3",
+    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2",
+    "gemma3_text", "phi3", "gpt2", "gpt_neox", "opt", "falcon", "stablelm", "nemotron", "cohere",
+    "cohere2", "granite", "olmo2", "smollm3", "starcoder2", "deepseek_v3",
 )  # fmt: skip
 
 

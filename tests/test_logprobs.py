@@ -1,4 +1,4 @@
-"""One function, however it is laid out: tree, packed, padded and the plain Hugging Face forward agree, in loss and gradient."""
+"""Tree, packed, padded and the plain Hugging Face forward agree, in loss and gradient."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from midpo_ray.objectives import preference_loss
 
 LAYOUTS = ("tree", "packed", "padded")
 SHAPE = {
-    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "initializer_range": 0.2, "pad_token_id": 0,
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings":
+    64, "initializer_range": 0.2, "pad_token_id": 0,
 }  # fmt: skip
 ARCHITECTURES = {
     "Llama": {},
@@ -123,7 +124,7 @@ def test_layouts_equal_the_plain_forward(name) -> None:
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2, mixed"])
 def test_attention_by_masks(name, attention) -> None:
-    """Where it is not by segments, it is by masks, one for each kind of layer: the same values and gradients."""
+    """By masks, one for each kind of layer, values and gradients are those by segments."""
     model, documents = adapted(name), pairs()
     policy = ResponseLogProbs(model)
     assert model.config._attn_implementation == "midpo_tree"
@@ -139,7 +140,7 @@ def test_attention_in_parts(monkeypatch) -> None:
     model, batch = adapted("Llama"), collate(pairs())
     policy = ResponseLogProbs(model)
     expected = loss_and_gradients(model, policy(batch))
-    monkeypatch.setattr("midpo_ray.models.attention.SCORES", 1)
+    monkeypatch.setattr("midpo_ray.models.attention._SCORES", 1)
     assert_same(loss_and_gradients(model, policy(batch)), expected)
 
 
@@ -277,7 +278,7 @@ def test_a_wrapped_head_is_refused() -> None:
 
 
 def test_memory_of_the_head_does_not_grow_with_the_logits() -> None:
-    """V 32 Ki: 4,096 more response tokens would be 512 MiB of logits; the process grows by far less."""
+    """V 32 Ki: 4,096 more response tokens would be 512 MiB of logits; it grows by far less."""
     code = (
         "import resource, torch\n"
         "from torch import nn\n"

@@ -20,7 +20,8 @@ from midpo_ray.models.logprobs import ResponseLogProbs
 from midpo_ray.models.selfcheck import check_generation, documents, relative_error
 
 TEN = (
-    "llama", "qwen2", "qwen3", "gemma2", "mistral", "phi3", "stablelm", "nemotron", "gpt2", "granite",
+    "llama", "qwen2", "qwen3", "gemma2", "mistral", "phi3", "stablelm", "nemotron", "gpt2",
+    "granite",
 )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..data.batching import Segment, TokenBatch
 
 NAME = "midpo_tree"  # among transformers' attention implementations
-SCORES = 1 << 20  # attention scores that exist at once; those of one key-value head at least
+_SCORES = 1 << 20  # attention scores that exist at once; those of one key-value head at least
 _LOWEST = torch.finfo(torch.float32).min
 
 
@@ -188,7 +188,7 @@ def _heads(query: Tensor, key: Tensor, segment: Segment) -> list[tuple[slice, sl
     """(heads, their key-value heads), so that few scores exist at once."""
     keys, shared = key.shape[1], query.shape[1] // key.shape[1]
     own = segment.own.stop - segment.own.start
-    size = max(1, SCORES // (shared * own * (own + segment.prompt.stop - segment.prompt.start)))
+    size = max(1, _SCORES // (shared * own * (own + segment.prompt.stop - segment.prompt.start)))
     return [
         (slice(at * shared, (at + size) * shared), slice(at, at + size))
         for at in range(0, keys, size)

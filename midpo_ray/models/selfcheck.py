@@ -158,8 +158,8 @@ def check_generation(model: Any, name: str, routed: bool = False) -> bool:
             if errors[-1] <= tolerance(model.dtype):
                 return len(batch) > 1
     raise UserError(
-        f"model {name}: not supported, what it generates from its cache is off by {min(errors):.1e} "
-        "of what its own forward predicts"
+        f"model {name}: not supported, what it generates from its cache is off by "
+        f"{min(errors):.1e} of what its own forward predicts"
     )
 
 
