@@ -170,6 +170,7 @@ def test_only_what_is_missing_or_changed_runs(finished: Done) -> None:
     )
     assert "safety: to run" not in said
     assert "score: to run" not in said
+    assert said.count("warning: router: ") >= 2  # few pairs, few steps
     assert (finished.dir / "router/router.safetensors").exists()
     said = finished.again("experts.safety.objective.margin_scale=0.25")
     assert "safety: to run, changed: objective" in said

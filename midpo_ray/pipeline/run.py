@@ -161,6 +161,10 @@ class _Job:
         tables = [stage for stage in (*EXPERTS, "dual") if stage in self.todo]
         if tables:
             self._stage_tables(tables)
+        if "router" in self.todo:
+            summary = json.loads(self.run.read("metrics/dual.data.json"))
+            for line in router_warnings(summary, self.config.router.optim):
+                log.warning(line)
         if self.training:
             train(self.resolved, self.run, self.training, self._commit_training)
         if "evaluation" in self.todo:
@@ -196,8 +200,6 @@ class _Job:
             shown = ", ".join(f"{k} {v}" for k, v in summary.items() if k != "dropped")
             log.info("%s: %s", stage, shown)
             if stage == "dual":
-                for line in router_warnings(summary, self.config.router.optim):
-                    log.warning(line)
                 self._commit("dual", time.monotonic() - started)
 
     def _evaluate(self) -> None:
