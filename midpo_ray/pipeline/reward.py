@@ -1,4 +1,4 @@
-"""``midpo reward``: a reward and a cost model, trained on the cluster as the experts are, and what they are worth.
+"""``midpo reward``: a reward and a cost model, trained as the experts are, and then measured.
 
 <run>/reward/reward, <run>/reward/cost    classifiers of one label, with their tokenizer
 <run>/reward/report.json                  accuracy, sign, calibration on the held-out prompts
@@ -38,7 +38,7 @@ REPORT = "reward/report.json"
 
 @dataclass(frozen=True)
 class Row:
-    """One pair that is labelled for a kind; its document's first response is the better or the safer one."""
+    """A pair that is labelled for a kind; its better or safer response is the document's first."""
 
     pair: Pair
     chosen: int
@@ -54,32 +54,32 @@ def train_score_models(
     run_dir: str | None = None,
     kinds: Sequence[str] = SCORES,
 ) -> dict[str, Any]:
-    """Train what is missing of the reward and the cost model; the report's content, by kind.
+    """Train and measure what is missing of the reward and the cost model.
 
     Args:
-        config: its ``reward_model`` says from what and how; prompts are held out as in the run itself.
-        address, run_dir: as of ``pipeline.run.run``.
+        config: its section ``reward_model``; prompts are held out as in the run itself.
+        address, run_dir: as for ``pipeline.run.run``.
+
+    Returns:
+        The content of the report, by kind.
 
     Raises:
-        UserError: bad input, told in one line; a model that is finished stays finished.
+        UserError: bad input; a model that is finished stays finished.
     """
     run = run_directory(config, run_dir)
     if run.local is None:
         raise UserError(
-            f"{run.uri}: score models are measured where they are saved: name a local or shared --run-dir"
+            f"{run.uri}: score models need a local or shared run directory: name another --run-dir"
         )
     manifest = Manifest(run)
     manifest.refuse_other(config)
     scoring = scoring_config(config)
-    steps = [
-        Step(kind, parts, manifest.why(kind, parts))
-        for kind in kinds
-        for parts in [fingerprint(scoring, kind)]
-    ]
+    parts = {kind: fingerprint(scoring, kind) for kind in kinds}
+    steps = [Step(kind, parts[kind], manifest.why(kind, parts[kind])) for kind in kinds]
     report: dict[str, Any] = json.loads(run.read(REPORT)) if run.exists(REPORT) else {}
     stale = [s for s in steps if s.reason or report.get(s.stage, {}).get("digest") != s.digest]
     if not stale:
-        log.info(f"nothing to do: {', '.join(kinds)} are done in {run.uri}")
+        log.info("nothing to do: %s are done in %s", ", ".join(kinds), run.uri)
     else:
         cache = cache_folder(config, run)
         scoring = resolve(scoring, cache)
@@ -101,16 +101,15 @@ def train_score_models(
                 if session is not None:
                     cluster.disconnect()
     for kind in kinds:
-        log.info(describe_score_metrics(kind, report[kind]))
+        log.info("%s", describe_score_metrics(kind, report[kind]))
     return report
 
 
 def scoring_config(config: Config) -> Config:
-    """The recipe with the score models' own base and data in the place of the policy's."""
+    """The recipe with the score models' own base and data in place of the policy's."""
     section = config.reward_model
-    return config.model_copy(
-        update={"model": section.model or config.model, "data": section.data or config.data}
-    )
+    own = {"model": section.model or config.model, "data": section.data or config.data}
+    return config.model_copy(update=own)
 
 
 def fingerprint(config: Config, kind: str) -> dict[str, str]:
@@ -126,7 +125,7 @@ def fingerprint(config: Config, kind: str) -> dict[str, str]:
 
 
 def read_score_pairs(config: Config, kinds: Sequence[str]) -> dict[str, list[Row]]:
-    """Each kind's labelled pairs, tokenised; all that a user's fault can spoil is tried here, before Ray starts."""
+    """Each kind's labelled pairs, tokenised. Bad input is found here, before Ray starts."""
     from ..data.read import read_pairs
     from ..models.base import check_targets
     from ..models.score_model import score_documents, scoring_tokenizer
@@ -141,9 +140,8 @@ def read_score_pairs(config: Config, kinds: Sequence[str]) -> dict[str, list[Row
     rows: dict[str, list[Row]] = {}
     for kind in kinds:
         label = "better_response_id" if kind == "reward" else "safer_response_id"
-        labelled = [
-            (p, c) for p in pairs if (c := p.better if kind == "reward" else p.safer) is not None
-        ]
+        labels = [(p, p.better if kind == "reward" else p.safer) for p in pairs]
+        labelled = [(pair, chosen) for pair, chosen in labels if chosen is not None]
         responses = [(p.responses[c], p.responses[1 - c]) for p, c in labelled]
         documents = score_documents(tokenizer, [p.prompt for p, _ in labelled], responses)
         rows[kind] = [
@@ -156,24 +154,21 @@ def read_score_pairs(config: Config, kinds: Sequence[str]) -> dict[str, list[Row
         left_out["the same within max_length"] += len(labelled) - len(rows[kind])
         held_out = sum(row.held_out for row in rows[kind])
         reasons = "".join(f", {count} {reason}" for reason, count in left_out.items() if count)
-        log.info(f"{kind}: {len(rows[kind])} pairs, {held_out} of them held out{reasons}")
+        log.info("%s: %d pairs, %d of them held out%s", kind, len(rows[kind]), held_out, reasons)
         if not 0 < held_out < len(rows[kind]):
-            what = (
-                "held out to measure the model on"
-                if rows[kind] and not held_out
-                else f"left to train on{reasons}"
-            )
+            what = f"left to train on{reasons}"
+            if rows[kind] and not held_out:
+                what = "held out to measure the model on"
             raise UserError(
-                f"{config.data.sets[0].path}: no pair with {label} is {what}; data.validation is {config.data.validation}"
+                f"{config.data.sets[0].path}: no pair with {label} is {what}; "
+                f"data.validation is {config.data.validation}"
             )
     return rows
 
 
 def _signs(pair: Pair, chosen: int) -> tuple[float, float]:
-    first, second = (
-        {None: 0.0, True: -1.0, False: 1.0}[pair.safe[i]] for i in (chosen, 1 - chosen)
-    )
-    return first, second
+    sign = {None: 0.0, True: -1.0, False: 1.0}
+    return sign[pair.safe[chosen]], sign[pair.safe[1 - chosen]]
 
 
 def _train(
@@ -186,15 +181,14 @@ def _train(
     if not todo:
         return
     for step in todo:
-        log.info(f"{step.stage}: to run, {step.reason}")
+        log.info("%s: to run, %s", step.stage, step.reason)
         write_table(run / f"{FOLDERS[step.stage]}.work", "pairs.parquet", _table(rows[step.stage]))
 
     def commit(kind: str, seconds: float) -> None:
-        manifest.commit(
-            kind, next(s.parts for s in todo if s.stage == kind), FOLDERS[kind], seconds
-        )
+        parts = next(step.parts for step in todo if step.stage == kind)
+        manifest.commit(kind, parts, FOLDERS[kind], seconds)
         (run / f"{FOLDERS[kind]}.work").delete()
-        log.info(f"{kind}: done in {seconds:.1f} s")
+        log.info("%s: done in %.1f s", kind, seconds)
 
     train(config, run, todo, commit)
 
@@ -217,7 +211,7 @@ def _table(rows: Sequence[Row]) -> pa.Table:
 def _measure(
     config: Config, run: Storage, cache: Storage, kind: str, rows: Sequence[Row]
 ) -> dict[str, Any]:
-    """The figures of the saved model, read and used as any other scorer."""
+    """The metrics of the saved model, which is loaded as any other scorer."""
     from .score import score
 
     folder = (run / FOLDERS[kind]).local

@@ -86,7 +86,7 @@ class StageSpec:
 
     @property
     def work(self) -> Storage:
-        """The folder of checkpoints and of an expert's table; it goes when the stage is recorded."""
+        """The folder of checkpoints and of an expert's table, for as long as the stage runs."""
         return Storage(self.run) / f"{FOLDERS[self.stage]}.work"
 
 

@@ -36,7 +36,7 @@ class Watchdog:
         timeout: seconds without a heartbeat after which the process is ended.
         notice: the folder whose ``logs/stop`` asks this process to stop; default ``run``.
         owner: a file of the run and the token that this attempt wrote to it. Once a later attempt
-            has written another token, this process is ended: it must not write beside its successor.
+            has written another one, this process is ended: it must not write beside its successor.
         leaving: whether this node is about to go.
         end: ends the process.
     """
@@ -149,7 +149,7 @@ class Faults:
 
 
 def is_draining() -> bool:
-    """Whether the node of this Ray worker is about to go (an autoscaler or an operator drains it)."""
+    """Whether the node of this Ray worker is being drained (by an autoscaler or an operator)."""
     import ray  # here and not above: ``cluster.connect`` sets the environment that it reads
     from ray._private.state import state  # draining nodes are known nowhere else in Ray
 

@@ -1,1 +1,1 @@
-"""Training of one stage: engines, steps, plan, loop, checkpoints, metrics. DeepSpeed is imported in ``engine`` alone, no Ray."""
+"""Training of one stage. DeepSpeed is imported by ``engine`` alone, Ray nowhere."""

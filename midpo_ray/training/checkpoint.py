@@ -1,12 +1,14 @@
-"""Checkpoints of what is trained: parameters and AdamW's two moments, whole, the same whatever the number of workers.
+"""Checkpoints of what is trained: parameters and AdamW's two moments, for any number of workers.
 
-    <folder>/step-00000040/trainable.safetensors     "parameter/<name>", "exp_avg/<name>", "exp_avg_sq/<name>", float32
-    <folder>/step-00000040/state.json                step, configuration digest, metrics position, sha256 of the tensors
+    <folder>/step-00000040/trainable.safetensors    "parameter/<name>", "exp_avg/<name>",
+                                                    "exp_avg_sq/<name>", all float32
+    <folder>/step-00000040/state.json               step, digest of the configuration, metric sums,
+                                                    sha256 of the tensors
 
-A checkpoint is written aside and renamed. One that is torn or corrupt is passed over, with a warning, for the one before.
-Nothing in it depends on pickle, on DeepSpeed's stage, or on the world's size.
+A checkpoint is written beside its name and then renamed. One that is torn or corrupt is skipped
+with a warning. Nothing in it depends on pickle, on DeepSpeed's stage or on the number of workers.
 
-The schedule, the data's position and the random numbers are functions of the step and the seed (ours): the step stands for them.
+The learning rate, the data's order and the random numbers are functions of step and seed (ours).
 """
 
 from __future__ import annotations
@@ -50,14 +52,14 @@ class Checkpoints:
         self.folder, self.keep, self.digest = folder, keep, digest
 
     def steps(self) -> list[int]:
-        """Steps of which a checkpoint lies there, complete or not, rising."""
+        """Steps that have a checkpoint, complete or not, in rising order."""
         return steps_in(self.folder.names())
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Writes step ``step`` whole, then removes those beyond the last ``keep``.
+        """Write step ``step`` whole, then remove all but the last ``keep``.
 
         Raises:
-            UserError: no space or no permission; what was there stays, and nothing half-written is left.
+            UserError: no space or no permission; older checkpoints stay, and nothing half-written.
         """
         data = safetensors.torch.save(
             {name: value.contiguous() for name, value in sorted(tensors.items())}
@@ -81,10 +83,10 @@ class Checkpoints:
             self.folder.delete(name_of(old))
 
     def load(self, step: int) -> SavedState:
-        """Reads one.
+        """Read one.
 
         Raises:
-            ValueError: in one line what is torn, corrupt, or of another run.
+            ValueError: it is torn, corrupt, or of another configuration.
         """
         name = name_of(step)
         try:
@@ -95,20 +97,20 @@ class Checkpoints:
         if not isinstance(content, dict) or content.get("step") != step:
             raise ValueError(f"{name} is corrupt ({STATE} is of another step)")
         if hashlib.sha256(data).hexdigest() != content.get("sha256"):
-            raise ValueError(f"{name} is corrupt (the hash of {TENSORS} is not the one in {STATE})")
+            raise ValueError(f"{name} is corrupt (the hash of {TENSORS} differs from {STATE})")
         if content.get("digest") != self.digest:
             raise ValueError(f"{name} is of another configuration")
         return SavedState(step, safetensors.torch.load(data), content)
 
     def resume(self) -> SavedState | None:
-        """The newest good checkpoint, None where there is none; everything else in the folder is removed (rank 0 only)."""
+        """The newest good checkpoint, or None; anything newer in the folder is removed."""
         found = None
         for step in reversed(self.steps()):
             try:
                 found = self.load(step)
                 break
             except ValueError as error:
-                log.warning("checkpoint %s: %s; trying the one before", self.folder.uri, error)
+                log.warning("checkpoint %s: %s; the previous one is tried", self.folder.uri, error)
         kept = {name_of(s) for s in self.steps() if found and s <= found.step}
         for name in self.folder.names():
             if name not in kept:
@@ -121,7 +123,7 @@ def name_of(step: int) -> str:
 
 
 def steps_in(names: Iterable[str]) -> list[int]:
-    """Steps of the names that are a checkpoint's, rising."""
+    """The steps of those names that are a checkpoint's, in rising order."""
     return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
 
 
@@ -131,17 +133,13 @@ def beyond(steps: Iterable[int], keep: int) -> list[int]:
 
 
 def _check_size(size: int, tensors: Mapping[str, Tensor]) -> None:
-    """At most three float32 numbers for each trained parameter, and headers: a frozen weight must never slip in."""
-    parameters = sum(
-        value.numel() for name, value in tensors.items() if name.startswith("parameter/")
-    )
-    headers = 4096 + sum(len(name) + 200 for name in tensors)
-    wrong = [
-        name
-        for name, value in tensors.items()
-        if value.dtype != torch.float32 or name.split("/")[0] not in KINDS
-    ]
-    if wrong or size > 12 * parameters + headers:
-        raise AssertionError(
-            f"checkpoint of {size} bytes for {parameters} trained parameters; not expected: {wrong[:3]}"
-        )
+    """At most three float32 numbers per trained parameter, and headers: no frozen weight."""
+    trained, headers = 0, 4096
+    for name, value in tensors.items():
+        kind = name.split("/")[0]
+        if kind not in KINDS or value.dtype != torch.float32:
+            raise AssertionError(f"checkpoint: {name} ({value.dtype}) is not expected")
+        trained += value.numel() if kind == "parameter" else 0
+        headers += len(name) + 200
+    if size > 12 * trained + headers:
+        raise AssertionError(f"checkpoint of {size} bytes for {trained} trained parameters")

@@ -1,9 +1,9 @@
-"""How to step: forward, backward over a variable number of micro-batches, one optimizer step, the trained state in and out.
+"""Engines: forward, backward over several micro-batches, optimizer step, trained state in and out.
 
-Two engines do the same thing: plain torch, and DeepSpeed (ZeRO 0 to 3), which is imported here alone. Both
-* average gradients over the ranks and do not scale them by the number of micro-batches: the loop normalises the loss;
+There are two, plain torch and DeepSpeed (ZeRO 0 to 3), which is imported here alone. Both
+* average gradients over the ranks, and leave it to the loop to divide the loss by the pairs;
 * step AdamW on float32 masters of the trainable parameters, whatever the model's dtype;
-* give and take the trained state as full float32 tensors under the parameters' names, whatever the stage or the world's size.
+* give and take the trained state as full float32 tensors under the parameters' names.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class ProcessGroup:
 
 class Engine(Protocol):
     group: ProcessGroup
-    module: nn.Module  # what was given; its parameters' names are the trained state's
+    module: nn.Module  # as it was given; its parameters' names are the trained state's
 
     def __call__(self, *inputs: Any) -> Any:
         """The module's forward."""
@@ -75,44 +75,46 @@ class Engine(Protocol):
     def train(self, mode: bool = True) -> None: ...
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Adds the gradient of one micro-batch; ``last``: of this step's last one. Every rank calls it equally often."""
+        """Add the gradient of a micro-batch; ``last``: the last of a step. All ranks call alike."""
 
     def step(self) -> Tensor | float:
-        """One optimizer step; the gradient's l2 norm before clipping. Not finite: the gradient was not."""
+        """One optimizer step; the gradient's l2 norm before clipping (may be infinite)."""
 
     def set_lr(self, lr: float) -> None: ...
 
     def state(self) -> dict[str, Tensor]:
-        """``<kind>/<name>`` for the three ``KINDS``: full float32 tensors on the CPU. All ranks call it, all get it."""
+        """``<kind>/<name>`` for the ``KINDS``: full float32 tensors on the CPU, on all ranks."""
 
     def parameters(self) -> dict[str, Tensor]:
         """The trained parameters alone, as in ``state`` without the prefix."""
 
     def load(self, state: dict[str, Tensor], step: int, prime: Callable[[], Tensor]) -> None:
-        """Restores ``state`` (the same on all ranks) after ``step`` steps. ``prime`` gives the loss of some micro-batch:
-        DeepSpeed makes its moments only in a step, so one is taken at learning rate 0 and then overwritten."""
+        """Restore ``state`` (the same on all ranks) after ``step`` steps.
+
+        Args:
+            prime: the loss of some micro-batch. DeepSpeed makes its moments only in a step, so that
+                one is taken at learning rate 0 before the moments are overwritten.
+        """
 
 
 def trained_state(engine: Engine, of: nn.Module, *, keep_dtype: bool = False) -> dict[str, Tensor]:
-    """The trained parameters under the names that ``of`` (a module inside the engine's) has for them; full tensors on the CPU.
+    """The trained parameters under their names in ``of``, a module inside the engine's.
 
-    All ranks call it. float32, or in the model's own dtype with ``keep_dtype``.
+    All ranks call it. Full tensors on the CPU, float32, or the model's dtype with ``keep_dtype``.
     """
     names = {id(parameter): name for name, parameter in of.named_parameters()}
-    values = engine.parameters()
-    inside = {
-        n: p for n, p in engine.module.named_parameters() if p.requires_grad and id(p) in names
-    }
-    return {
-        names[id(p)]: values[n].to(p.dtype) if keep_dtype else values[n] for n, p in inside.items()
-    }
+    values, state = engine.parameters(), {}
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad and id(parameter) in names:
+            dtype = parameter.dtype if keep_dtype else torch.float32
+            state[names[id(parameter)]] = values[name].to(dtype)
+    return state
 
 
 def plain(
     module: nn.Module, optim: config.Optim, device: torch.device | str = "cpu"
 ) -> PlainEngine:
-    """An engine of torch alone; data parallel where torch.distributed is initialised. Trainable are the parameters that
-    require a gradient."""
+    """An engine of torch alone, data parallel where torch.distributed is initialised."""
     return PlainEngine(module.to(device), optim, torch.device(device))
 
 
@@ -192,7 +194,7 @@ class PlainEngine:
 def deepspeed(
     module: nn.Module, optim: config.Optim, settings: dict[str, Any], device: torch.device | str
 ) -> Engine:
-    """A DeepSpeed engine; ``settings`` from ``deepspeed_settings``. torch.distributed must be initialised, ``prepare`` called.
+    """A DeepSpeed engine, after ``prepare``; ``settings`` come from ``deepspeed_settings``.
 
     bfloat16 without ZeRO is the plain engine's: DeepSpeed has no float32 gradients there.
     """
@@ -233,7 +235,7 @@ class DeepSpeedEngine:
 
     def step(self) -> Tensor | float:
         norm = None
-        if self._unwrapped:  # DeepSpeed clips here without telling the norm
+        if self._unwrapped:  # DeepSpeed clips here and hides the norm
             gradients = [p.grad for p in self._named.values() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
         self._engine.step()
@@ -291,9 +293,7 @@ class DeepSpeedEngine:
         if self._unwrapped:
             if kind != "parameter":
                 self._engine.basic_optimizer.state[parameter][kind].copy_(value)
-        elif (
-            self._stage == 3
-        ):  # the "full" setters fail where the ranks' shares need padding (0.19.8), the local ones do not
+        elif self._stage == 3:  # DeepSpeed's "full" setters fail where shares need padding (0.19.8)
             size = utils.safe_get_local_fp32_param(parameter).numel()
             flat = nn.functional.pad(value.flatten(), (0, size * self.group.world - value.numel()))
             share = flat.narrow(0, size * self.group.rank, size)
@@ -308,14 +308,18 @@ class DeepSpeedEngine:
 
 
 def prepare(settings: dict[str, Any], on_gpu: bool) -> Any:
-    """Before the model is loaded, in every process: DeepSpeed over the existing process group. Keep what it returns until the
-    model is loaded: under ZeRO-3 it makes ``from_pretrained`` load each rank's share only."""
+    """Start DeepSpeed over the process group, in every process, before the model is loaded.
+
+    Returns:
+        What must be kept until the model is loaded: with ZeRO-3 it makes ``from_pretrained`` load
+        each rank's share only.
+    """
     if not on_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed as ds
     import deepspeed.ops
 
-    if not on_gpu:  # else a shared-memory all-reduce is compiled, for half a minute, or without a compiler in vain
+    if not on_gpu:  # or a shared-memory all-reduce is compiled, for half a minute
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     ds.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False)
     if settings["zero_optimization"]["stage"] != 3:
@@ -328,7 +332,7 @@ def prepare(settings: dict[str, Any], on_gpu: bool) -> Any:
 def deepspeed_settings(
     section: config.DeepSpeed, optim: config.Optim, dtype: str, world: int
 ) -> dict[str, Any]:
-    """DeepSpeed's own configuration; ``section.extra`` is merged last. Batch sizes are the loop's business, so they say 1."""
+    """DeepSpeed's own configuration; ``section.extra`` is merged last. Batches are the loop's."""
     zero: dict[str, Any] = {"stage": section.stage}
     if section.offload_optimizer != "none":
         zero["offload_optimizer"] = {"device": section.offload_optimizer}

@@ -138,7 +138,7 @@ def resume(
     checkpoints: Checkpoints,
     metrics: MetricsLog | None,
 ) -> int:
-    """Restore state, sums and metrics files of the newest checkpoint; the steps taken, 0 without."""
+    """Restore state, sums and metrics files of the newest checkpoint; the number of its steps."""
     found: SavedState | None = engine.group.broadcast_object(
         checkpoints.resume() if engine.group.rank == 0 else None
     )
@@ -159,7 +159,7 @@ def save_checkpoint(
     done: int,
     name_rows: Callable[[list[int]], list[str]],
 ) -> None:
-    """Write a checkpoint after ``done`` steps, none where a number is not finite; all ranks call it."""
+    """Write a checkpoint after ``done`` steps, unless a number is not finite; all ranks call it."""
     sums = accumulator.read(name_rows)
     tensors = engine.state()
     fault: Exception | None = None

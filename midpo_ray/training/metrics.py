@@ -28,7 +28,7 @@ Sums = dict[str, float]
 
 
 class MetricAccumulator:
-    """A rank's sums since the last log, in float64: a resumed run adds the same in the same order."""
+    """A rank's sums since the last log, in float64, so that a resumed run has the same."""
 
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
@@ -42,7 +42,7 @@ class MetricAccumulator:
         values: Mapping[str, Tensor | float],
         checked: Tensor | float,
     ) -> None:
-        """Add to the sums. Where ``checked`` (a loss, a norm) is not finite, ``read`` names the rows."""
+        """Add to the sums. ``read`` names the rows whose ``checked`` loss or norm is not finite."""
         for name, value in values.items():
             value = torch.as_tensor(value, device=self.group.device).double()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
@@ -96,7 +96,7 @@ def total(ranks: Sequence[Sums]) -> Sums:
 
 
 def means(sums: Sums) -> dict[str, float]:
-    """From sums over ranks: a mean per pair, token or step; counts unchanged; padding as a share."""
+    """From sums over ranks: means per pair, token or step; counts unchanged; padding as a share."""
     pairs, tokens, steps = sums["pairs"], sums["tokens"], sums.get("steps", 0.0)
     result: dict[str, float] = {}
     for name, value in sums.items():

@@ -40,7 +40,7 @@ class BatchSchedule:
 
 
 def learning_rate(step: int, total: int, optim: config.Optim) -> float:
-    """The rate of step ``step`` (from 0): a linear warm-up that is never 0 (ours), then the schedule."""
+    """Of step ``step`` (from 0): a linear warm-up that is never 0 (ours), then the schedule."""
     warmup = math.ceil(optim.warmup * total - 1e-9)
     if step < warmup:
         return optim.lr * (step + 1) / warmup
@@ -75,7 +75,7 @@ def due(
     since_checkpoint: float = 0.0,
     stop_requested: bool = False,
 ) -> Due:
-    """What follows ``done`` of ``total`` steps, ``since_checkpoint`` seconds after the last checkpoint."""
+    """What follows ``done`` of ``total`` steps; ``since_checkpoint`` is in seconds."""
     last = done >= total
     by_steps = checkpoint.every_steps is not None and done % checkpoint.every_steps == 0
     by_time = checkpoint.every_seconds is not None and since_checkpoint >= checkpoint.every_seconds

@@ -106,8 +106,9 @@ class ExpertStep:
 class RouterStep(ExpertStep):
     """The router's: the same on the dual data, plus rho times the gates' prior.
 
-    The prior is the mean over layers and real tokens of the *global* batch (ours): a micro-batch adds its own tokens' sum times
-    (pairs / tokens of the global batch), and the loop's division by the pairs leaves sum / tokens, however the batch was split.
+    The prior is the mean over layers and real tokens of the *global* batch (ours): a micro-batch
+    adds its own tokens' sum times (pairs / tokens of the global batch), and the loop's division by the
+    pairs leaves sum / tokens, however the batch was split.
     """
 
     def __init__(self, policy: Policy, model: RoutedCausalLM, *, beta: float, prior: float) -> None:
@@ -193,8 +194,9 @@ def preference(
     chosen, rejected = log_probabilities[0::2], log_probabilities[1::2]
     weights = (signals["weight_chosen"], signals["weight_rejected"])
     losses = preference_loss(
-        chosen, rejected, signals["reference_chosen"], signals["reference_rejected"], beta=beta, margin=signals["margin"],
-        weights=weights, scale=signals["scale"], label_smoothing=label_smoothing,
+        chosen, rejected, signals["reference_chosen"], signals["reference_rejected"],
+        beta=beta, margin=signals["margin"], weights=weights, scale=signals["scale"],
+        label_smoothing=label_smoothing,
     )  # fmt: skip
     with torch.no_grad():
         delta_chosen, delta_rejected = (

@@ -1,4 +1,4 @@
-"""What a stage trains on: tokens and frozen signals of every pair, one Parquet file."""
+"""What a stage trains on: tokens and frozen signals of every pair, in one Parquet file."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -14,14 +15,10 @@ from ..data.batching import Document
 from ..storage import Storage
 
 TOKENS = ("prompt", "chosen", "rejected")
+# margin: multiplied by lambda, 0 where there is none; weights and scale: 1 where there are none
 SIGNALS = (
-    "reference_chosen",
-    "reference_rejected",
-    "margin",
-    "weight_chosen",
-    "weight_rejected",
-    "scale",
-)
+    "reference_chosen", "reference_rejected", "margin", "weight_chosen", "weight_rejected", "scale",
+)  # fmt: skip
 
 
 def schema(signals: Sequence[str]) -> pa.Schema:
@@ -34,14 +31,12 @@ def schema(signals: Sequence[str]) -> pa.Schema:
 
 
 class StageTable:
-    """One row a pair (B of them): its tokens, and what frozen models say of it; see ``schema``.
+    """One row per pair (B rows): its tokens and the outputs of frozen models; see ``schema``.
 
-    The columns stay in Arrow's memory; Python lists are made for the rows of one batch at a time.
+    The columns stay in Arrow's memory; Python lists are made only for the rows of a batch.
     """
 
-    names: tuple[str, ...] = (
-        SIGNALS  # margin: lambda applied, 0 where none; weights and scale: 1 where none
-    )
+    names: tuple[str, ...] = SIGNALS
 
     def __init__(self, table: pa.Table) -> None:
         wanted = schema(self.names)
@@ -49,7 +44,7 @@ class StageTable:
         if missing:
             raise ValueError(f"stage table: columns {', '.join(missing)} are missing")
         self.arrow = table.select(wanted.names).cast(wanted).combine_chunks()
-        self._tokens = {name: _lists(self.arrow[name]) for name in TOKENS}
+        self._tokens = {name: _ListColumn(self.arrow[name]) for name in TOKENS}
         columns = [self.arrow[name].to_numpy() for name in self.names]
         self._signals = torch.from_numpy(np.stack(columns)).to(torch.float32)  # [signal, B]
         if not bool(torch.isfinite(self._signals).all()):
@@ -77,10 +72,8 @@ class StageTable:
 
     def split(self) -> tuple[StageTable, StageTable]:
         """(training rows, validation rows)."""
-        held_out = self.arrow["validation"]
-        return type(self)(self.arrow.filter(pa.compute.invert(held_out))), type(self)(
-            self.arrow.filter(held_out)
-        )
+        held_out, kind = self.arrow["validation"], type(self)
+        return kind(self.arrow.filter(pc.invert(held_out))), kind(self.arrow.filter(held_out))
 
     def ids(self, indices: Sequence[int]) -> list[str]:
         """FILE:LINE of some rows."""
@@ -93,16 +86,11 @@ class StageTable:
 
     def signals(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Every signal of some rows, each [B] float32."""
-        return dict(
-            zip(
-                self.names,
-                self._signals[:, torch.as_tensor(list(indices), dtype=torch.long)],
-                strict=True,
-            )
-        )
+        columns = self._signals[:, torch.as_tensor(list(indices), dtype=torch.long)]
+        return dict(zip(self.names, columns, strict=True))
 
     def lengths(self, layout: str) -> list[int]:
-        """Tokens of every pair as it stands in a batch: the prompt counts once, or twice where each response has its own row."""
+        """Tokens of every pair in a batch; with ``padded`` the prompt counts for each response."""
         prompt, chosen, rejected = (self._tokens[name].lengths for name in TOKENS)
         return ((2 if layout == "padded" else 1) * prompt + chosen + rejected).tolist()
 
@@ -110,13 +98,10 @@ class StageTable:
 class ScoreTable(StageTable):
     """What a score model trains on: chosen is the better or the safer response."""
 
-    names = (
-        "sign_chosen",
-        "sign_rejected",
-    )  # +1 the response is unsafe, -1 it is safe, 0 nobody said
+    names = ("sign_chosen", "sign_rejected")  # +1: unsafe, -1: safe, 0: not labelled
 
 
-class _lists:
+class _ListColumn:
     """A list column as flat values and offsets."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
