@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import math
+import re
 import sys
 from types import SimpleNamespace
 
@@ -214,7 +215,7 @@ def test_local_task_by_the_harness(tmp_path, runs, byte_tokenizer, capsys, monke
     ]
     words += ["--workers", "0", "--out", "report", "--task-limit", "6", "--tasks"]
     assert main([*words, "tasks/quiz.yaml"]) == 0, capsys.readouterr().err
-    assert "quiz  acc" in capsys.readouterr().out
+    assert re.search(r"quiz\s+acc\s", capsys.readouterr().out)
     with (tmp_path / "report/capability.csv").open(newline="", encoding="utf-8") as file:
         found = {row["model"]: row for row in csv.DictReader(file)}
     for name, scope in (("last: base", None), ("last", "last")):
@@ -236,7 +237,7 @@ def test_local_task_by_the_harness(tmp_path, runs, byte_tokenizer, capsys, monke
     assert [
         r["model"] for r in json.loads((tmp_path / "report/report.json").read_text())["capability"]
     ] == [*found]
-    assert '"capability":[{' in (tmp_path / "report/report.html").read_text()
+    assert "General capability" in (tmp_path / "report/report.html").read_text()
     before = (tmp_path / "report/capability.csv").read_bytes()
     assert main([*words, "tasks/"]) == 0, capsys.readouterr().err  # the folder that holds it
     assert "loglikelihood of last: 18 of 18 cached, 0 to do" in capsys.readouterr().out
