@@ -16,6 +16,7 @@ from midpo_ray.evaluation import endpoint
 from midpo_ray.evaluation.judges import is_degenerate, judge_answers, load_judge
 from midpo_ray.evaluation.prompts import Prompt
 from midpo_ray.evaluation.refusal import is_refusal, refusal
+from midpo_ray.miniature import world
 from midpo_ray.pipeline.cached_map import IN_PROCESS, cached_map
 from midpo_ray.storage import Storage
 
@@ -488,6 +489,22 @@ def test_one_scorer_in_two_roles_is_two_judges(tmp_path, monkeypatch):
         for role in ("", "reward=", "cost=", "refused=")
     }
     assert len(prints) == 4
+
+
+def test_judges_are_fingerprinted_by_their_source(tmp_path, monkeypatch):
+    """A changed rule is another judge, whose verdicts are not those in the cache."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "edited_rule.py").write_text("def f(prompts, responses):\n    return [1.0]\n")
+    copy = tmp_path / "world.py"
+    copy.write_text(Path(world.__file__).read_text("utf-8"), "utf-8")
+    specs = ("builtin:miniature", "edited_rule:f")
+    before = [load_judge(spec).fingerprint for spec in specs]
+    monkeypatch.setattr(world, "__file__", str(copy))
+    assert load_judge(specs[0]).fingerprint == before[0]  # the content, not the path
+    for file in (copy, tmp_path / "edited_rule.py"):
+        file.write_text(file.read_text("utf-8") + "\n# another rule\n", "utf-8")
+    for spec, fingerprint in zip(specs, before, strict=True):
+        assert load_judge(spec).fingerprint != fingerprint
 
 
 @pytest.mark.parametrize("spec", ["nothing", "reward=", "x=y", "a.b"])
