@@ -7,9 +7,11 @@ import math
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -412,6 +414,32 @@ def test_tensorboard_files_and_missing_services(tmp_path):
         except ImportError:
             with pytest.raises(UserError, match=f"package {service} is not installed"):
                 MetricsLog(folder, "safety", config.Logging(**{service: "project"}))
+
+
+def test_an_mlflow_run_is_resumed_by_its_name_and_ended_on_an_error(tmp_path, monkeypatch):
+    calls: list[tuple] = []
+    known: list[SimpleNamespace] = []
+    fake = SimpleNamespace(
+        set_experiment=lambda name: None,
+        search_runs=lambda **_: known,
+        start_run=lambda **keys: calls.append(("start", keys)),
+        log_metrics=lambda values, step: calls.append(("log", values, step)),
+        end_run=lambda status: calls.append(("end", status)),
+    )
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    logging = config.Logging(mlflow="project", tensorboard=False)
+    with MetricsLog(Storage(tmp_path), "safety", logging, run="small") as metrics:
+        metrics.write({"step": 1, "split": "train", "loss": 0.5})
+    known.append(SimpleNamespace(info=SimpleNamespace(run_id="7")))
+    with pytest.raises(Killed), MetricsLog(Storage(tmp_path), "safety", logging, run="small"):
+        raise Killed
+    assert calls == [
+        ("start", {"run_name": "small-safety"}),
+        ("log", {"train/loss": 0.5}, 1),
+        ("end", "FINISHED"),
+        ("start", {"run_id": "7"}),
+        ("end", "FAILED"),
+    ]
 
 
 # --- two ranks ---

@@ -45,6 +45,26 @@ def test_a_hang_is_named_and_ended(tmp_path):
     )  # every thread's stack
 
 
+def test_a_hang_that_holds_the_interpreter_lock_is_ended_too(tmp_path):
+    """No thread of Python can run: the C library sleeps with the lock held."""
+    code = (
+        "import ctypes, sys\n"
+        "from midpo_ray.pipeline import watch\n"
+        "from midpo_ray.storage import Storage\n"
+        "watch._GRACE = 0.5\n"
+        "with watch.Watchdog(Storage(sys.argv[1]), 'safety', 1, 'node-b', 0.5) as watchdog:\n"
+        "    watchdog.heartbeat(7, 'train')\n"
+        "    ctypes.PyDLL(None).sleep(30)\n"
+    )
+    run, began = Storage(tmp_path), time.monotonic()
+    faults = Faults(run)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert done.returncode == 1
+    assert time.monotonic() - began < 25
+    (line,) = faults.new()
+    assert line.startswith("safety: rank 1 on node node-b hangs: step 7, phase train, for ")
+
+
 def test_beats_keep_the_watch_quiet(tmp_path):
     ended = threading.Event()
     with Watchdog(Storage(tmp_path), "safety", 0, "node-a", timeout=2.0, end=ended.set) as watch:
