@@ -142,7 +142,7 @@ def wilson(successes: float, n: int) -> Estimate:
 
 
 def metric_values(answers: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Columns set, id, seed, value of the rows of prompts that count; NaN where a verdict is null."""
+    """Columns set, id, seed, value of the prompts that count; NaN where a verdict is null."""
     what = METRICS[metric]
     rows = answers if what.harmful is None else answers[answers["harmful"].eq(what.harmful)]
     values = rows[what.column].astype("float64") * what.sign if what.column in rows else math.nan
@@ -226,7 +226,7 @@ def seed_win_rates(a: pd.DataFrame, b: pd.DataFrame, metric: str) -> pd.Series:
 
 
 def auroc(positive: ArrayLike, negative: ArrayLike) -> float:
-    """Probability that a positive's score exceeds a negative's, ties half; NaN where one is empty."""
+    """Probability that a positive's score exceeds a negative's, ties half; NaN if one is empty."""
     high, low = known(positive), known(negative)
     if not len(high) or not len(low):
         return math.nan

@@ -110,7 +110,7 @@ def test_a_key_that_is_switched_off_stays_off(recipe: Path, tmp_path: Path) -> N
         ),
         ("router.group.workers={min: 3}", ["key router.group.workers.max is missing"]),
         ("router.group.workers=many", ["key router.group.workers:", "integer", "'many'"]),
-        ("scores.workers=-3", ["key scores.workers:", "greater than 0", "-3"]),
+        ("scores.workers=-3", ["key scores.workers:", "greater than or equal to 0", "-3"]),
         ("scores.workers=all", ["key scores.workers:", "integer", " or ", "'auto'"]),
         ("experts.*.optim.lr=no", ["experts.safety.optim.lr", "experts.helpfulness.optim.lr"]),
         ("experts.safety.objective.name=dpoo", ["'dpo'", "'dpoo'"]),

@@ -137,9 +137,10 @@ class Scores(Section):
     cost: Scorer | None = Field(
         None, description="Source of the safety cost; SPE-DPO, pareto and ranked need it."
     )
-    workers: _Count | Literal["auto"] = Field(
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
-        description="Scoring processes; auto: one per GPU of the cluster, or per CPU (at most 8).",
+        description="Scoring processes; auto: one per GPU of the cluster, or per CPU (at most 8); "
+        "0: the command's own process.",
     )
     cpus_per_worker: float = Field(1, gt=0, description="CPUs that Ray reserves for each worker.")
     gpus_per_worker: float = Field(

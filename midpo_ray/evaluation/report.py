@@ -23,17 +23,19 @@ from ..report.page import (
     PageTable,
     PageText,
     TokenMap,
-    plain,
+    jsonable,
     write_page,
 )
 from ..storage import Storage
 from .results import Results
 
 _COLUMNS = {
-    "model": pa.string(), "family": pa.string(), "seed": pa.int64(), "set": pa.string(), "id": pa.string(), "prompt": pa.string(),
-    "harmful": pa.bool_(), "category": pa.string(), "response": pa.string(), "tokens": pa.int64(), "truncated": pa.bool_(),
-    "refused": pa.bool_(), "reward": pa.float64(), "cost": pa.float64(), "safe": pa.bool_(), "joint": pa.bool_(),
-    "malformed": pa.bool_(), "degenerate": pa.bool_(), "gate_safety": pa.float64(), "gate_helpfulness": pa.float64(),
+    "model": pa.string(), "family": pa.string(), "seed": pa.int64(), "set": pa.string(),
+    "id": pa.string(), "prompt": pa.string(), "harmful": pa.bool_(), "category": pa.string(),
+    "response": pa.string(), "tokens": pa.int64(), "truncated": pa.bool_(), "refused": pa.bool_(),
+    "reward": pa.float64(), "cost": pa.float64(), "safe": pa.bool_(), "joint": pa.bool_(),
+    "malformed": pa.bool_(), "degenerate": pa.bool_(), "gate_safety": pa.float64(),
+    "gate_helpfulness": pa.float64(),
 }  # fmt: skip
 
 
@@ -85,7 +87,7 @@ def write_report(
         folder.write("capability.csv", capability.to_csv(index=False).encode())
         data["capability"] = capability
     records = {name: frame.to_dict("records") for name, frame in data.items()}
-    numbers = plain({**records, "about": about, "examples": examples, "curves": curves})
+    numbers = jsonable({**records, "about": about, "examples": examples, "curves": curves})
     folder.write("report.json", json.dumps(numbers, indent=1).encode())
     parts = [
         PageSection("Trade-off", _tradeoffs(results), _TRADEOFF_NOTE),
@@ -107,15 +109,24 @@ def write_report(
     write_page(folder, Page(title, parts))
 
 
-_TRADEOFF_NOTE = "Up and to the right is better. A cross is a 95% interval; the dotted line joins the systems that no other one dominates."
-_METRICS_NOTE = "Below each value is its 95% interval. Truncated and malformed text often counts as safe: read these columns together."
+_TRADEOFF_NOTE = (
+    "Up and to the right is better. A cross is a 95% interval. The dotted line joins the systems "
+    "that no other one dominates."
+)
+_METRICS_NOTE = (
+    "Below each value is its 95% interval. Truncated and malformed text often counts as safe: read "
+    "these columns together."
+)
 _COMPARISONS_NOTE = (
     "An interval that crosses the line (0.5 for win rates, 0 for differences) shows no difference."
 )
 _CAPABILITY_NOTE = (
     "Tasks of the lm-evaluation-harness, with 1.96 of its standard errors on either side."
 )
-_ROUTING_NOTE = "A gate is how much of an expert the router lets in, at the prompt's last token, as a mean over layers."
+_ROUTING_NOTE = (
+    "A gate is how much of an expert the router lets in, at the prompt's last token, as a mean "
+    "over layers."
+)
 
 
 def answers_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
@@ -254,7 +265,7 @@ def _gate_table(separation: pd.DataFrame) -> list[PageTable]:
 def _gate_plots(
     arrays: Mapping[str, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]],
 ) -> list[plots.Plot]:
-    """Each expert's gates over prompts, their mean by layer, and the AUROC of their difference by layer."""
+    """Each expert's gates over prompts; their mean and the AUROC of their difference by layer."""
     shown = []
     for model, (gates, kinds) in arrays.items():
         present = {kind: which for kind, which in kinds.items() if which.any()}

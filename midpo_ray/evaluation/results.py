@@ -42,7 +42,7 @@ class Results:
 
 
 def over_prompts(answers: pd.DataFrame, pairs: Iterable[tuple[str, str]] = ()) -> Results:
-    """Metrics with intervals over prompts, and comparisons of ``pairs`` of models, the first against the second."""
+    """Metrics with intervals over prompts; the first of each of ``pairs`` against the second."""
     summary = [summarise(answers)]
     if answers["set"].nunique() > 1:
         summary.append(summarise(answers, ["model"]).assign(set=ALL))
@@ -59,12 +59,12 @@ def over_prompts(answers: pd.DataFrame, pairs: Iterable[tuple[str, str]] = ()) -
         _points(answers, table, x[0], y[0]),
         pd.DataFrame(lines, columns=["name", "value", "low", "high", "n", "over", "reference"]),
         (x[1], y[1]),
-        "95% over prompts: Wilson for rates of one seed, otherwise percentile bootstrap of 2000 draws",
+        "95% over prompts: Wilson for rates of one seed, else percentile bootstrap of 2000 draws",
     )
 
 
 def _axes(answers: pd.DataFrame) -> tuple[tuple[str, str], tuple[str, str]]:
-    """(metric, title) of x and of y: reward and safety where judges gave them, otherwise refusals."""
+    """(metric, title) of x and of y: reward and safety where judges gave them, else refusals."""
 
     def known(column: str) -> bool:
         return column in answers and bool(answers[column].notna().any())

@@ -1,1 +1,1 @@
-"""Reports: every plot (``plots``) and the one page (``page``) that evaluate, tune and study write."""
+"""Reports: every plot (``plots``), and the one page (``page``) that all commands write."""

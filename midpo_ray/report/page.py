@@ -122,12 +122,12 @@ class AnswerBrowser:
     kind: ClassVar[str] = "answers"
 
     def data(self) -> dict[str, Any]:
-        """What the page's script reads. What does not fit into ``room`` characters is left out, and ``notes`` say so."""
+        """What the page's script reads; ``notes`` name what does not fit into ``room``."""
         answers, notes = self.answers, []
         kept = answers[answers["seed"] == answers.groupby("model")["seed"].transform("min")]
         if len(kept) < len(answers):
             notes.append(
-                f"These are the answers of each model's first seed; all {len(answers)} are in answers.csv."
+                f"Answers of each model's first seed; all {len(answers)} are in answers.csv."
             )
         prompts = kept.drop_duplicates(["set", "id"])
         length = int(
@@ -137,7 +137,7 @@ class AnswerBrowser:
         most = max(1, self.room // (longest * max(1, kept["model"].nunique())))
         if length > self.room and longest * len(kept) > self.room:
             notes.append(
-                f"{most} of {len(prompts)} prompts are shown, evenly over the sets; all are in answers.csv."
+                f"Some {most} of {len(prompts)} prompts are shown; all are in answers.csv."
             )
             prompts = prompts.iloc[:: math.ceil(len(prompts) / most)]
         if (kept["response"].str.len() > longest).any():
@@ -179,7 +179,7 @@ class Page:
 
 
 def write_page(folder: Storage, page: Page) -> None:
-    """Write report.html, and charts/NAME.svg and .png of every plot. Sections without parts are left out."""
+    """Write report.html and charts/NAME.svg, .png of every plot; empty sections are left out."""
     sections = [s for s in page.sections if s.parts]
     for section in sections:
         for part in section.parts:
@@ -202,21 +202,21 @@ def write_page(folder: Storage, page: Page) -> None:
     folder.write("report.html", html.encode("utf-8", "replace"))
 
 
-def plain(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
     """For JSON: an estimate as a mapping, and nothing of NaN, infinity and numpy's types."""
     if isinstance(value, Estimate):
         value = value._asdict()
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): jsonable(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
+        return [jsonable(v) for v in value]
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _as_json(data: Any) -> Markup:
-    text = json.dumps(plain(data), ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(jsonable(data), ensure_ascii=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c"))
 
 

@@ -26,16 +26,17 @@ from numpy.typing import ArrayLike
 from ..metrics import pareto
 
 COLOURS = {
-    "base": "#64748b", "expert": "#2563eb", "baseline": "#d97706", "routed": "#059669", "model": "#7c3aed",
-    "harmful": "#dc2626", "benign": "#0d9488", "unknown": "#94a3b8",
+    "base": "#64748b", "expert": "#2563eb", "baseline": "#d97706", "routed": "#059669",
+    "model": "#7c3aed", "harmful": "#dc2626", "benign": "#0d9488", "unknown": "#94a3b8",
     "finished": "#2563eb", "stopped": "#94a3b8", "failed": "#dc2626",
 }  # fmt: skip
 _OTHERS = ("#db2777", "#0891b2", "#65a30d", "#9333ea", "#b45309", "#475569")
 _STYLE: Any = {
-    "axes.axisbelow": True, "axes.grid": True, "axes.spines.right": False, "axes.spines.top": False,
-    "axes.titlelocation": "left", "axes.titlesize": 11, "axes.titleweight": "bold", "font.size": 9.5,
-    "figure.constrained_layout.use": True, "grid.color": "#e2e8f0", "legend.frameon": False,
-    "svg.fonttype": "none", "svg.hashsalt": "midpo_ray", "text.parse_math": False,
+    "axes.axisbelow": True, "axes.grid": True, "axes.spines.right": False,
+    "axes.spines.top": False, "axes.titlelocation": "left", "axes.titlesize": 11,
+    "axes.titleweight": "bold", "font.size": 9.5, "figure.constrained_layout.use": True,
+    "grid.color": "#e2e8f0", "legend.frameon": False, "svg.fonttype": "none",
+    "svg.hashsalt": "midpo_ray", "text.parse_math": False,
 }  # fmt: skip
 _LABELLED = (
     12  # among more systems than these, only the undominated ones and the base must have a label
@@ -56,7 +57,7 @@ class Plot:
 def _draw(
     name: str, title: str, draw: Callable[[Axes], None], size: tuple[float, float] = (5.6, 3.9)
 ) -> Plot:
-    """``draw`` on new axes, with a legend below them where there is more than one labelled artist."""
+    """``draw`` on new axes, with a legend below them if more than one artist has a label."""
     with mpl.rc_context(_STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a prompt set's or a model's name may have odd characters
         figure = Figure(figsize=size)
@@ -104,7 +105,8 @@ def tradeoff(name: str, points: pd.DataFrame, x: str, y: str, title: str = "") -
             bars = {a: [rows[a] - rows[f"{a}_low"], rows[f"{a}_high"] - rows[a]] for a in "xy"}
             axes.errorbar(
                 rows["x"], rows["y"], yerr=np.abs(bars["y"]), xerr=np.abs(bars["x"]), fmt="o",
-                color=colour[family], ecolor=mpl.colors.to_rgba(colour[family], 0.35), label=_text(family),
+                color=colour[family], ecolor=mpl.colors.to_rgba(colour[family], 0.35),
+                label=_text(family),
             )  # fmt: skip
         axes.set(xlabel=_text(x), ylabel=_text(y))
         must = points[points["front"] | points["family"].eq("base") | (not crowded)]
@@ -114,7 +116,7 @@ def tradeoff(name: str, points: pd.DataFrame, x: str, y: str, title: str = "") -
 
 
 def _label(axes: Axes, points: pd.DataFrame, required: int, colour: Mapping[str, str]) -> None:
-    """Each label beside its dot where it covers nothing; only the first ``required`` are written where it covers something."""
+    """Label the dots where that covers nothing; the first ``required`` ones in any case."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()  # settles the layout, so that places in pixels are final

@@ -23,7 +23,7 @@ from ..evaluation.results import (
 )
 from ..metrics import METRICS, Estimate, metric_values, prompt_means, seed_means, t_interval
 from ..pipeline.signals import read_table
-from ..report.page import PageSection, PageTable, plain
+from ..report.page import PageSection, PageTable, jsonable
 from ..storage import Storage
 from .numbers import AXES, COLUMNS, numbers
 from .plan import Plan
@@ -47,7 +47,7 @@ def write(folder: Storage, study: Study, plan: Plan, name: str) -> dict[str, Any
         return {}
     result = {"study": name, "seeds": list(study.seeds), **numbers(study, answers)}
     result["clock"] = clock(folder, plan)
-    folder.write("study.json", json.dumps(plain(result), indent=1).encode())
+    folder.write("study.json", json.dumps(jsonable(result), indent=1).encode())
     table = pd.concat(answers.values(), ignore_index=True)
     text = "\n".join(lines(result))
     if len(study.seeds) == 1:
