@@ -12,7 +12,6 @@ OPEN = {
     "Unit",
     "judge",
     "lines",
-    "plain",
     "plan",
     "prepare",
     "score",
