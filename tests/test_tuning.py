@@ -1,18 +1,19 @@
-"""Sweeps without Ray: spaces, verdicts, what runs next, the report; and, slow, a real one that is killed again and again."""
+"""Sweeps: spaces, schedulers and searchers, the report; and, slow, real sweeps on Ray Tune."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
-import random
-import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from xml.etree import ElementTree
+from types import SimpleNamespace
+from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -25,14 +26,12 @@ from midpo_ray.data.schema import Pair, response_key
 from midpo_ray.errors import UserError
 from midpo_ray.pipeline.signals import Scored, stage_table
 from midpo_ray.storage import Storage
-from midpo_ray.tuning import report
-from midpo_ray.tuning.rungs import choose, front, goes_on, judge
-from midpo_ray.tuning.space import Optuna, Space, at, fix, load_space
-from midpo_ray.tuning.sweep import Sweep
+from midpo_ray.tuning.report import choose, write_sweep_report
+from midpo_ray.tuning.space import Space, at, fix, known_points, load_space
 
 SPACES = Path(__file__).parent.parent / "tune_spaces"
 LAMBDA, TAU = "experts.*.objective.margin_scale", "experts.*.objective.temperature"
-JOINT = {
+JOINT: dict[str, Any] = {
     "stages": ["safety", "helpfulness"],
     "set": {"experts.*.objective.name": "spe_b_dpo"},
     "space": {
@@ -43,7 +42,6 @@ JOINT = {
     "metrics": {"safety.accuracy": "max", "helpfulness.accuracy": "max"},
     "samples": 12,
 }
-UP = {"a": "max"}
 
 
 def space(**changes) -> Space:
@@ -70,12 +68,12 @@ BROKEN = {
     "unknown recipe key": ({"space": {"experts.*.objective.margn_scale": {"about": "", "uniform": [0, 1]}}},
                            "did you mean margin_scale"),
     "unknown recipe section": ({"space": {"expert.safety.lr": {"about": "", "uniform": [0, 1]}}}, "unknown key expert"),
-    "frozen key": ({"space": {"data.max_length": {"about": "", "randint": [64, 512]}}}, "frozen signals"),
+    "frozen key": ({"space": {"data.max_length": {"about": "", "randint": [64, 512]}}}, "data.max_length"),
     "stage not trained": ({"stages": ["safety"], "metrics": {"safety.loss": "min"},
                            "space": {"experts.helpfulness.objective.beta": {"about": "", "uniform": [0.1, 1]}}},
                           "not trained here"),
     "empty range": ({"space": {LAMBDA: {"about": "", "uniform": [1.0, 1.0]}}}, "is empty"),
-    "reversed range": ({"space": {LAMBDA: {"about": "", "uniform": [1.0, 0.0]}}}, "is reversed"),
+    "reversed range": ({"space": {LAMBDA: {"about": "", "uniform": [1.0, 0.0]}}}, "is empty"),
     "log range from zero": ({"space": {TAU: {"about": "", "loguniform": [0.0, 1.0]}}}, "above 0"),
     "infinite range": ({"space": {TAU: {"about": "", "uniform": [0.1, float("inf")]}}}, "not finite"),
     "value the recipe refuses": ({"space": {LAMBDA: {"about": "", "uniform": [-1.0, 1.0]}}}, "greater than or equal"),
@@ -85,16 +83,15 @@ BROKEN = {
     "no meaning": ({"space": {LAMBDA: {"uniform": [0, 1]}}}, "about is missing"),
     "unknown metric": ({"metrics": {"safety.acuracy": "max"}}, "did you mean safety.accuracy"),
     "unknown direction": ({"metrics": {"safety.accuracy": "up"}}, "'max' or 'min'"),
-    "unknown scheduler": ({"scheduler": {"name": "hyperband"}}, "scheduler.name"),
+    "scheduler's metric": ({"scheduler": {"metric": "router.loss"}}, "router.loss"),
     "grace of one": ({"scheduler": {"grace": 1.0}}, "scheduler.grace"),
     "no sample": ({"samples": 0}, "samples"),
     "grid of a range": ({"search": "grid"}, "a grid needs choice"),
     "condition on a later key": ({"space": {LAMBDA: {"about": "", "uniform": [0, 1], "when": {TAU: [1]}},
-                                            TAU: {"about": "", "uniform": [1, 2]}}}, "stands before it"),
+                                            TAU: {"about": "", "uniform": [1, 2]}}}, "is not an earlier key"),
     "point outside": ({"points": [{"lora.r": 4}]}, "lora.r is not a key of space"),
     "unknown rule": ({"select": "safety > 0.9"}, "is expected"),
     "rule's metric": ({"select": "safety>=0.9 then router"}, "metric router is unknown"),
-    "optuna on auto": ({"search": "optuna"}, "needs a number"),
 }  # fmt: skip
 
 
@@ -115,29 +112,29 @@ def test_broken_spaces_are_one_line_before_ray(
     assert not Path("runs").exists()
 
 
-def test_points_hang_on_their_number_and_conditions(tmp_path) -> None:
+def test_a_longer_sweep_begins_with_a_shorter_one_s_points() -> None:
     keys = {
         "router.gate": {"about": "", "choice": ["linear", "mlp"]},
         "router.width": {"about": "", "randint": [4, 9], "when": {"router.gate": ["mlp"]}},
         "router.prior": {"about": "", "quniform": [0.0, 1.0, 0.25]},
     }
     routers = space(
-        stages=["router"], set={}, space=keys, points=[], metrics={"router.loss": "min"}, samples=40
+        stages=["router"], set={}, space=keys, points=[], metrics={"router.loss": "min"}
     )
-    short, long = (sweep(tmp_path / str(n), routers, samples=n) for n in (7, 40))
-    short.todo(), long.todo()
-    assert short.points == long.points[:7]
-    assert {p["router.gate"] for p in long.points} == {"linear", "mlp"}
-    assert all(("router.width" in p) == (p["router.gate"] == "mlp") for p in long.points)
-    assert {p["router.width"] for p in long.points if "router.width" in p} <= set(range(4, 9))
-    assert all(p["router.prior"] * 4 == round(p["router.prior"] * 4) for p in long.points)
+    short, long = known_points(routers, 7, 0), known_points(routers, 40, 0)
+    assert short is not None
+    assert long is not None
+    assert short == long[:7]
+    assert {p["router.gate"] for p in long} == {"linear", "mlp"}
+    assert all(("router.width" in p) == (p["router.gate"] == "mlp") for p in long)
+    assert {p["router.width"] for p in long if "router.width" in p} <= set(range(4, 9))
+    assert all(p["router.prior"] * 4 == round(p["router.prior"] * 4) for p in long)
+    assert known_points(space(), 3, 0)[0] == JOINT["points"][0]
 
 
-def test_grid_leaves_out_what_does_not_matter(tmp_path) -> None:
+def test_grid_leaves_out_what_does_not_apply() -> None:
     found = load_space(str(SPACES / "bdpo_temperature.yaml"), {})
-    made = sweep(tmp_path, found, samples=99, name="miniature")
-    made.samples = len(made.grid)
-    assert len(made.todo()) == 13  # infinite once, four temperatures with three scalings
+    assert len(known_points(found, None, 0)) == 13  # infinite once, four others with three scalings
 
 
 def small_scored() -> Scored:
@@ -182,183 +179,136 @@ def test_without_margin_and_at_infinite_temperature_a_trial_is_dpo() -> None:
     )
 
 
-# --- verdicts ---------------------------------------------------------------------------------------------------------------
+# --- schedulers and searchers of Ray Tune -----------------------------------------------------------
 
 
-def test_going_on() -> None:
-    before = [{"a": x} for x in (0.5, 0.6, 0.7)]
-    assert not goes_on({"a": 0.6}, before, UP, 3)  # one of three beats it
-    assert goes_on({"a": 0.7}, before, UP, 3)  # equal is not beaten
-    assert goes_on({"a": 0.0}, before[:2], UP, 3)  # too few to say
-    both = {"a": "max", "b": "min"}
-    assert goes_on(
-        {"a": 0.0, "b": 0.0}, [{"a": 1.0, "b": 1.0}] * 3, both, 3
-    )  # the front is not stopped
-    assert not goes_on({"a": 0.0, "b": 2.0}, [{"a": 1.0, "b": 1.0}] * 3, both, 3)
+def decisions(of: Space, points: list[dict], values: list[float]) -> list[str]:
+    """What the scheduler says when trials with these values arrive one after the other."""
+    from midpo_ray.tuning.search import make_scheduler
+
+    scheduler, said = make_scheduler(of), []
+    trials = [
+        SimpleNamespace(trial_id=str(i), config={"trial": {"point": p}}, is_finished=lambda: False)
+        for i, p in enumerate(points)
+    ]
+    for trial, value in zip(trials, values, strict=True):
+        scheduler.on_trial_add(None, trial)
+        said.append(scheduler.on_trial_result(None, trial, {"percent": 25, "objective": value}))
+    return said
 
 
-def test_verdicts_do_not_depend_on_the_order_of_arrival() -> None:
-    rng = random.Random(0)
-    for _ in range(40):
-        count, rungs = rng.randint(1, 9), rng.randint(1, 4)
-        curves = [[{"a": rng.random()} for _ in range(rungs)] for _ in range(count)]
-        failed = [rng.random() < 0.15 for _ in range(count)]
-        lengths = [rng.randint(0, rungs - 1) if f else rungs for f in failed]
-        curves = [c[:n] for c, n in zip(curves, lengths, strict=True)]
-        final = judge(curves, failed, rungs, 2, UP)
-        assert not {v.state for v in final} & {"waiting", "undecided"}
-        known = [0] * count
-        while known != lengths:
-            i = rng.choice([i for i in range(count) if known[i] < lengths[i]])
-            known[i] += 1
-            told = [f and n == m for f, n, m in zip(failed, known, lengths, strict=True)]
-            for now, then in zip(
-                judge([c[:n] for c, n in zip(curves, known, strict=True)], told, rungs, 2, UP),
-                final,
-                strict=True,
-            ):
-                assert (
-                    now.state in ("waiting", "undecided") or now == then
-                )  # a decision is never taken back
+def test_asha_stops_late_comers_but_never_the_first_point() -> None:
+    from ray.tune.schedulers import ASHAScheduler
+
+    from midpo_ray.tuning.search import make_scheduler
+
+    assert isinstance(make_scheduler(space()), ASHAScheduler)
+    points = [{LAMBDA: i / 10, TAU: 1.0} for i in range(5)]
+    values = [0.9, 0.8, 0.7, 0.1, 0.95]
+    assert decisions(space(), points, values)[3:] == ["STOP", "CONTINUE"]
+    first = [*points[:3], JOINT["points"][0], points[4]]
+    assert decisions(space(), first, values)[3:] == ["CONTINUE", "CONTINUE"]
+
+
+def test_schedulers_and_searchers_by_name() -> None:
+    from ray.tune.schedulers import HyperBandScheduler, PopulationBasedTraining
+
+    from midpo_ray.tuning.search import make_scheduler, make_searcher
+
+    by_name = {"name": "hyperband", "arguments": {"reduction_factor": 2}}
+    assert isinstance(make_scheduler(space(scheduler=by_name)), HyperBandScheduler)
+    assert isinstance(make_scheduler(space(scheduler={"name": "pbt"})), PopulationBasedTraining)
+    wrong = [
+        ({"name": "nothing"}, "hyperband"),
+        ({"name": "hyperband", "arguments": {"factor": 2}}, "factor"),
+        ({"name": "asha", "arguments": {"brackets": 0}}, "brackets"),
+    ]
+    for section, named in wrong:
+        with pytest.raises(UserError, match=named):
+            make_scheduler(space(scheduler=section))
+    assert make_searcher(space(), 0) is None
+    for section, named in (("nothing", "optuna"), ("optuna", "factor")):
+        with pytest.raises(UserError, match=named):
+            make_searcher(space(search=section, search_arguments={"factor": 1}), 0)
+
+
+def test_optuna_learns_from_two_metrics_and_takes_given_points_first() -> None:
+    from midpo_ray.tuning.search import make_searcher
+
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    of = space(search="optuna", metrics={"safety.loss": "min", "helpfulness.accuracy": "max"})
+    searcher = make_searcher(of, 0)
+    domains = {name: key.domain() for name, key in of.space.items()}
+    searcher.set_search_properties(None, None, {"trial": {"point": domains, "seed": 0}})
+    distances = []
+    for number in range(60):
+        drawn = searcher.suggest(str(number))["trial"]
+        assert drawn["seed"] == 0
+        if number == 0:
+            assert drawn["point"] == JOINT["points"][0]
+        distance = abs(drawn["point"][LAMBDA] - 0.3)
+        distances.append(distance)
+        result = {"safety.loss": distance, "helpfulness.accuracy": -distance}
+        searcher.on_trial_complete(str(number), result)
+    assert sum(distances[40:]) / 20 < 0.15  # 0.29 at random
+
+
+# --- the report -------------------------------------------------------------------------------------
 
 
 def test_winners() -> None:
-    points = [{"a": a, "b": b} for a, b in ((1.0, 0.0), (0.8, 0.8), (0.0, 1.0), (0.5, 0.5))]
-    both = {"a": "max", "b": "max"}
-    assert front(points, both) == [0, 1, 2]
-    assert choose(points, both, ("knee",)) == 1
-    assert choose(points, both, ("a",)) == 0
-    assert choose(points, both, ("a", ">=", "0.5", "b")) == 1
-    assert choose(points, {"a": "max", "b": "min"}, ("b",)) == 0
-    with pytest.raises(UserError, match="no finished point has a >= 2"):
-        choose(points, both, ("a", ">=", "2", "b"))
+    names = list(JOINT["metrics"])
+    points = pd.DataFrame([(1.0, 0.0), (0.8, 0.8), (0.0, 1.0), (0.5, 0.5)], columns=names)
+    assert choose(points, space()) == 1
+    assert choose(points, space(select="safety")) == 0
+    assert choose(points, space(select="safety>=0.5 then helpfulness")) == 1
+    falling = space(metrics={names[0]: "max", names[1]: "min"}, select="helpfulness")
+    assert choose(points, falling) == 0
+    with pytest.raises(UserError, match=r"safety\.accuracy >= 2"):
+        choose(points, space(select="safety>=2 then helpfulness"))
 
 
-# --- what runs next, with a fake for the training ---------------------------------------------------------------------------
-
-
-def sweep(folder: Path, of: Space, samples: int = 12, name: str = "miniature") -> Sweep:
-    return Sweep(of, fix(load_config(name), of, ""), Storage(folder), "key", samples)
-
-
-def fake_values(config, rung: float) -> dict[str, float]:
-    """A function of the trial's configuration and rung alone, as a training is."""
-    values = {}
-    for stage in ("safety", "helpfulness"):
-        objective = getattr(config.experts, stage).objective
-        noise = random.Random(
-            f"{stage}/{objective.margin_scale}/{objective.temperature}/{config.training_seed}/{rung}"
-        ).random()
-        values |= {f"{stage}.{m}": noise + rung for m in ("accuracy", "loss", "reward_margin")}
-    return values
-
-
-def play(
-    folder: Path, of: Space, workers: int, rng: random.Random, kills: bool
-) -> tuple[list, int]:
-    """A sweep by so many fake workers at random speeds; with kills, all is forgotten but the records. (rows, rungs trained)"""
-    done, made, running = 0, sweep(folder, of), {}
-    while True:
-        todo = {u.id: u for u in made.todo()}
-        for unit in todo.values():
-            if len(running) < workers:
-                running.setdefault(unit.id, unit)
-        if not running:
-            assert not todo
-            return report.rows(made), done
-        unit = running[rng.choice(sorted(running))]
-        rung = made.rungs[len(made.curve(unit))]
-        record = made.records[unit.id] or {"rungs": {}, "clock": []}
-        record["rungs"][str(rung)] = fake_values(unit.config, rung)
-        made.run.write(f"trials/{unit.id}/record.json", json.dumps(record).encode())
-        made.records[unit.id], done = record, done + 1
-        if unit.id not in {u.id for u in made.todo()}:
-            del running[unit.id]
-        if kills and rng.random() < 0.2:
-            made, running = sweep(folder, of), {}
-
-
-@pytest.mark.parametrize(
-    "changes", [{}, {"seeds": 3}, {"search": "optuna", "concurrency": 3, "samples": 14}], ids=str
-)
-def test_the_table_hangs_on_neither_workers_nor_kills(tmp_path, changes) -> None:
-    of, rng = space(**changes), random.Random(1)
-    first, least = play(tmp_path / "0", of, 1, rng, kills=False)
-    states = [r["state"] for r in first]
-    assert "stopped" in states
-    assert states.count("finished") > 2
-    for number, (workers, kills) in enumerate([(2, False), (5, False), (1, True), (3, True)], 1):
-        table, trained = play(tmp_path / str(number), of, workers, rng, kills)
-        assert table == first
-        assert trained <= least + 2 * len(first)  # undecided trials may run on a little
-
-
-def test_adding_samples_changes_no_verdict(tmp_path) -> None:
-    rng = random.Random(2)
-    short, _ = play(tmp_path, space(), 2, rng, kills=False)
-    longer = sweep(tmp_path, space(), samples=20)
-    assert all(u.point >= 12 for u in longer.todo())
-    assert [r for r in report.rows(longer) if r["point"] < 12] == short
-
-
-def test_optuna_uses_what_it_is_told() -> None:
-    keys = {LAMBDA: JOINT["space"][LAMBDA]}
-    of = space(
-        search="optuna", concurrency=1, metrics={"safety.loss": "min"}, space=keys, points=[]
-    )
-    study, distances = Optuna(of, 0), []
-    for number in range(60):
-        distances.append(abs(study.ask(number)[LAMBDA] - 0.3))
-        study.tell(number, distances[-1:])
-    assert sum(distances[40:]) / 20 < 0.15  # 0.29 by chance
-
-
-# --- the report -------------------------------------------------------------------------------------------------------------
+def made_up_rows(of: Space, seeds: int) -> list[dict[str, Any]]:
+    rows = []
+    for number, point in enumerate(known_points(of, 6, 0) or []):
+        for seed in range(seeds if number != 3 else 1):
+            names = [f"{s}.{m}" for s in of.stages for m in ("accuracy", "loss", "reward_margin")]
+            curve = [{n: (number * 7 + i + seed) % 5 / 5 for i, n in enumerate(names)}] * 2
+            state = "stopped" if number == 3 else "finished"
+            shares = [0.25] if number == 3 else [0.25, 1.0]
+            rows.append({
+                "point": number, "seed": seed, "values": point, "state": state, "shares": shares,
+                "curve": curve[: len(shares)], "error": "",
+            })  # fmt: skip
+    return rows
 
 
 def test_report_and_best_recipe(tmp_path) -> None:
-    of, said = space(about="<b>", seeds=2, select="safety>=0.1 then helpfulness"), []
-    play(tmp_path, of, 2, random.Random(3), kills=False)
-    made = sweep(tmp_path, of)
-    made.todo()
-    report.write(
-        made, fix(load_config("miniature"), of, ""), "joint", "midpo tune <joint>", said.append
-    )
-    table = pq.read_table(tmp_path / "results.parquet").to_pylist()
-    assert table == report.rows(made)
+    of = space(about="<b>", seeds=2, select="safety>=0.1 then helpfulness")
+    config = fix(load_config("miniature"), of, "")
+    rows = made_up_rows(of, 2)
+    write_sweep_report(Storage(tmp_path), of, config, rows, "joint", "midpo tune <joint>")
+    table = pq.read_table(tmp_path / "results.parquet").to_pandas()
+    assert table["state"].tolist() == [row["state"] for row in rows]
+    assert table[LAMBDA].tolist() == [row["values"][LAMBDA] for row in rows]
+    assert table["safety.accuracy"].tolist() == [
+        row["curve"][-1]["safety.accuracy"] for row in rows
+    ]
+    assert math.isinf(pd.read_csv(tmp_path / "results.csv")[TAU][0])
     page = (tmp_path / "report.html").read_text()
     assert "<b>" not in page
-    assert "http" not in page  # one file
-    pictures = [ElementTree.fromstring(p) for p in re.findall("<svg.*?</svg>", page)]
     assert (
-        len(pictures) == 10
-    )  # 4 of a metric against a key, 2 heat maps, the front, 2 of curves, parallel coordinates
-    for picture in pictures:
-        for circle in picture.iter("circle"):
-            assert 0 < float(circle.get("cx")) < float(picture.get("width"))
-            assert 0 < float(circle.get("cy")) < float(picture.get("height"))
+        page.count("data:image/svg") >= 9
+    )  # 4 of a metric against a key, 2 maps, the front, 2 of curves
     best = load_config(tmp_path / "best.yaml")
-    winner = max(
-        (r for r in table if r["seed"] == 0 and r["state"] == "finished"),
-        key=lambda r: means(table, r["point"]),
-    )
-    assert best.experts.safety.objective.margin_scale == winner[LAMBDA]
-    assert best.experts.helpfulness.objective.temperature == winner[TAU]
+    finished = table[table["state"] == "finished"].groupby("point")
+    winner = finished["helpfulness.accuracy"].mean().idxmax()
+    values = next(row["values"] for row in rows if row["point"] == winner)
+    assert best.experts.safety.objective.margin_scale == values[LAMBDA]
+    assert best.experts.helpfulness.objective.temperature == values[TAU]
     assert best.name == "miniature-best-joint"
     assert best.seed_of_training == 0
-    assert any("±" in line for line in said)
-
-
-def means(table: list[dict], point: int) -> float:
-    values = [r["helpfulness.accuracy"] for r in table if r["point"] == point]
-    return sum(values) / len(values)
-
-
-def test_axes_take_zero_infinity_and_words() -> None:
-    place, ticks = report.scale([0.0, 0.1, 10.0, float("inf")])
-    assert [place(v) for v in (0.0, 0.1, 10.0, float("inf"))] == pytest.approx([0.0, 0.1, 0.9, 1.0])
-    assert list(ticks) == ["0", "0.1", "10", "inf"]
-    assert report.scale(["last", "token"])[0]("token") == 1.0
 
 
 # --- the real thing ---------------------------------------------------------------------------------------------------------
@@ -386,114 +336,129 @@ def start(folder: Path, *words: str, **variables: str) -> subprocess.Popen:
     )
 
 
-@pytest.fixture
-def small(tmp_path, tiny_model_dir) -> Path:
-    smallworld.recipe(
-        tmp_path, tiny_model_dir(), smallworld.write(tmp_path / "pairs.jsonl", smallworld.rows(160))
-    )
-    content = {
-        **JOINT,
-        "samples": 6,
-        "metrics": {"safety.reward_margin": "max", "helpfulness.reward_margin": "max"},
-    }
-    (tmp_path / "joint.yaml").write_text(yaml.safe_dump(content))
-    return tmp_path
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, tiny_llama, byte_tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("sweeps")
+    tiny_llama().save_pretrained(folder / "model")
+    byte_tokenizer.save_pretrained(folder / "model")
+    data = smallworld.write(folder / "pairs.jsonl", smallworld.rows(160))
+    smallworld.recipe(folder, folder / "model", data)
+    return folder
+
+
+def write_space(folder: Path, **changes: Any) -> None:
+    metrics = {"safety.reward_margin": "max", "helpfulness.reward_margin": "max"}
+    content = {**JOINT, "samples": 5, "metrics": metrics, **changes}
+    (folder / "joint.yaml").write_text(yaml.safe_dump(content))
+
+
+def table_of(folder: Path) -> pd.DataFrame:
+    return pq.read_table(folder / "results.parquet").to_pandas()
+
+
+def records(folder: Path) -> dict[str, tuple[int, dict]]:
+    """trial -> when its record was written, and what it holds."""
+    found = folder.glob("trials/*/record.json")
+    return {p.parent.name: (p.stat().st_mtime_ns, json.loads(p.read_text())) for p in found}
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_killed_sweep_ends_with_the_same_table_and_best_runs_alike(small) -> None:
-    whole = start(small, "--run-dir", "whole/run")
-    assert whole.wait(600) == 0, whole.stdout.read()
-    rng, killed = random.Random(4), 0
-    while True:
-        process = start(small, "--run-dir", "killed/run", "cache=whole/cache")
-        deadline = time.monotonic() + rng.uniform(6, 20)
-        while process.poll() is None and (time.monotonic() < deadline or killed == 5):
+@pytest.mark.timeout(900)
+def test_a_sweep_that_was_killed_three_times_repeats_no_trial(small) -> None:
+    write_space(small, seeds=2)
+    command = ("--run-dir", "killed/run", "cache=cache")
+    written: dict[str, tuple[int, dict]] = {}
+    for kill in range(4):
+        process, before = start(small, *command), len(records(small / "killed/run"))
+        while process.poll() is None and (
+            kill == 3 or len(records(small / "killed/run")) <= before
+        ):
             time.sleep(0.1)
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        killed += 1
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        now = records(small / "killed/run")
+        for name, (when, content) in written.items():
+            if "1.0" in content["shares"]:
+                assert now[name][0] == when, "a finished trial was trained again"
+        written = now
     assert process.returncode == 0, process.stdout.read()
-    assert (small / "killed/run/results.csv").read_text() == (
-        small / "whole/run/results.csv"
-    ).read_text()
+    table = table_of(small / "killed/run")
+    finished = table[table["state"] == "finished"]
+    assert finished.iloc[0]["point"] == 0
+    whole = start(small, "--run-dir", "whole/run", "cache=cache", "--samples", "5")
+    assert whole.wait(600) == 0, whole.stdout.read()
+    other = table_of(small / "whole/run")
+    keys = ["point", "seed"]
+    both = finished.merge(other[other["state"] == "finished"], on=keys, suffixes=("", "_other"))
+    assert len(both) >= 2
+    for name in (LAMBDA, TAU, "safety.loss", "helpfulness.reward_margin"):
+        assert (both[name] == both[f"{name}_other"]).all()
     best = load_config(small / "whole/run/best.yaml")
-    assert (
-        main(
-            [
-                "run",
-                str(small / "whole/run/best.yaml"),
-                "--run-dir",
-                str(small / "whole/best"),
-                "--until",
-                "safety",
-            ]
-        )
-        == 0
-    )
-    last = json.loads((small / "whole/best/metrics/safety.jsonl").read_text().splitlines()[-1])
-    rows = pq.read_table(small / "whole/run/results.parquet").to_pylist()
-    row = next(r for r in rows if r[LAMBDA] == best.experts.safety.objective.margin_scale)
+    run = ("run", small / "whole/run/best.yaml", "--run-dir", small / "best", "--until", "safety")
+    assert main([str(word) for word in run]) == 0
+    last = json.loads((small / "best/metrics/safety.jsonl").read_text().splitlines()[-1])
+    row = other[other[LAMBDA] == best.experts.safety.objective.margin_scale].iloc[0]
     assert last["loss"] == pytest.approx(row["safety.loss"], abs=1e-5)
     assert dump(best)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("by_name", ["optuna", "hyperband", "pbt"])
+def test_searchers_and_schedulers_by_name_run(small, by_name) -> None:
+    if by_name == "optuna":
+        write_space(small, search="optuna", concurrency=1, samples=4, scheduler={"name": "none"})
+    else:
+        write_space(small, samples=3, scheduler={"name": by_name, "measurements": 2})
+    process = start(small, "--run-dir", f"{by_name}/run", "cache=cache")
+    assert process.wait(500) == 0, process.stdout.read()
+    table = table_of(small / by_name / "run")
+    assert table["point"].tolist() == list(range(4 if by_name == "optuna" else 3))
+    assert (table["state"] == "finished").any()
+    assert table.iloc[0][LAMBDA] == 0.0 or by_name == "pbt"
+    assert "front" in (small / by_name / "run/report.html").read_text()
+
+
 @pytest.fixture
-def four_nodes():
+def two_labelled_nodes():
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
-    )
-    for _ in range(4):
-        cluster.add_node(num_cpus=1)
+    head = {"num_cpus": 0, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    for name in ("safety", "helpfulness"):
+        cluster.add_node(num_cpus=1, labels={"midpo-group": name})
     yield cluster
     ray.shutdown()
     cluster.shutdown()
 
 
-def on_cluster(folder: Path, address: str, *words: str) -> list[dict]:
-    """Clocks of the trials of a sweep on a cluster, each from its first entry to its last."""
-    # the cluster's own HOME: there is its token, if it has one
-    process = start(
-        folder,
-        "--run-dir",
-        "on/run",
-        "--address",
-        address,
-        *words,
-        RAY_ADDRESS=address,
-        HOME=os.environ["HOME"],
-    )
-    assert process.wait(900) == 0, process.stdout.read()
-    clocks = [
-        json.loads(p.read_text())["clock"] for p in (folder / "on/run/trials").glob("*/record.json")
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_both_experts_of_a_trial_train_at_the_same_time_on_their_own_nodes(
+    small, two_labelled_nodes
+) -> None:
+    write_space(small, samples=1, scheduler={"name": "none"})
+    labels = [
+        f"experts.{name}.group.label_selector={{midpo-group: {name}}}"
+        for name in ("safety", "helpfulness")
     ]
-    return [{**c[0], "ended": c[-1]["ended"]} for c in clocks]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_four_nodes_are_in_use_while_trials_wait(small, four_nodes) -> None:
-    long = [f"experts.{e}.optim.steps=120" for e in ("safety", "helpfulness")]
-    clocks = on_cluster(
-        small, four_nodes.address, "--samples", "14", *long, "checkpoint.every_steps=100"
-    )
-    asked = sorted(c["asked"] for c in clocks)
-    begin, end = asked[3], asked[-1]  # all four have begun; none waits any more
-    used = sum(max(0.0, min(c["ended"], end) - max(c["asked"], begin)) for c in clocks)
-    assert used >= 0.9 * 4 * (end - begin)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_trials_of_two_workers_do_not_wait_for_each_other(small, four_nodes) -> None:
-    groups = [f"experts.{e}.group.workers=2" for e in ("safety", "helpfulness")]
-    clocks = on_cluster(small, four_nodes.address, "--samples", "4", *groups)
-    assert len(clocks) == 4
-    ordered = sorted(clocks, key=lambda c: c["asked"])
-    assert ordered[1]["asked"] < ordered[0]["ended"]  # two at a time
+    steps = [f"experts.{name}.optim.steps=200" for name in ("safety", "helpfulness")]
+    address = two_labelled_nodes.address
+    process = start(
+        small, "--run-dir", "labelled/run", "cache=cache", "--address", address, *labels, *steps,
+        RAY_ADDRESS=address, HOME=os.environ["HOME"],
+    )  # fmt: skip
+    seen_together = False
+    while process.poll() is None:
+        steps_of = [
+            {p.name for p in small.glob(f"labelled/run/trials/*/experts/{name}.work/checkpoints/*")}
+            for name in ("safety", "helpfulness")
+        ]
+        ended = bool(records(small / "labelled/run"))
+        seen_together = seen_together or (all(steps_of) and not ended)
+        time.sleep(0.05)
+    assert process.returncode == 0, process.stdout.read()
+    assert seen_together
+    assert len(table_of(small / "labelled/run")) == 1

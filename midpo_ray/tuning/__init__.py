@@ -1,1 +1,1 @@
-"""Sweeps: one scoring pass, then trials that train and nothing else, in an order and with an outcome that no clock decides."""
+"""Sweeps on Ray Tune: responses are scored once, then every trial only trains."""

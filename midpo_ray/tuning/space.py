@@ -1,6 +1,6 @@
-"""A sweep's file: what is varied, what is measured, how it is searched. Checked whole before Ray starts.
+"""A sweep's file: what is varied, what is measured, how it is searched. Checked before Ray starts.
 
-A point is {key: value}, with the keys of ``space`` (``experts.*.`` stands for every expert that the sweep trains).
+A point is {key: value}, with the keys of ``space``; ``experts.*.`` means every trained expert.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from ..config import EXPERTS, Config, Section, Stage, read_mapping, validated, w
 from ..errors import UserError
 
 Point = dict[str, Any]
-MEASURED = ("accuracy", "loss", "reward_margin")  # of the held-out pairs, at every rung
+MEASURED = ("accuracy", "loss", "reward_margin")  # of the held-out pairs
 DISTRIBUTIONS = ("uniform", "loguniform", "quniform", "randint", "choice")
 _VARIED = re.compile(
     r"experts\.(\*|safety|helpfulness)\.(objective|optim)\.|lora\.|router\.(?!group)"
@@ -29,17 +29,17 @@ _BOUNDED = re.compile(r"(\S+?)\s*(>=|<=)\s*(-?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)
 
 
 class Key(Section):
-    """One varied key: what it means, one of Ray Tune's distributions, and when it matters."""
+    """One varied key: what it means, one of Ray Tune's distributions, and when it applies."""
 
     about: str
     uniform: tuple[float, float] | None = None
     loguniform: tuple[float, float] | None = None
-    quniform: tuple[float, float, float] | None = None  # low, high, and what they are multiples of
-    randint: tuple[int, int] | None = None  # the upper bound is left out, as Ray Tune does
+    quniform: tuple[float, float, float] | None = Field(None, description="low, high, step")
+    randint: tuple[int, int] | None = Field(None, description="low, and high, which is excluded")
     choice: tuple[Any, ...] | None = Field(None, min_length=1)
     when: dict[str, tuple[Any, ...]] = Field(
-        {}
-    )  # drawn only where earlier keys have one of these values
+        {}, description="applies only where earlier keys have one of these values"
+    )
 
     @property
     def drawn(self) -> tuple[str, tuple[Any, ...]]:
@@ -54,13 +54,9 @@ class Key(Section):
             return self
         low, high, *step = bounds
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise ValueError(
-                f"the range [{low}, {high}] is not finite: give .inf by choice or points"
-            )
+            raise ValueError(f"the range [{low}, {high}] is not finite: use choice or points")
         if low >= high:
-            raise ValueError(
-                f"the range [{low}, {high}] is {'empty' if low == high else 'reversed'}"
-            )
+            raise ValueError(f"the range [{low}, {high}] is empty")
         if name == "loguniform" and low <= 0:
             raise ValueError(f"a loguniform range begins above 0, this one at {low}")
         if step and not 0 < step[0] <= high - low:
@@ -68,49 +64,67 @@ class Key(Section):
         return self
 
     def ends(self) -> Sequence[Any]:
-        """A recipe that takes these values takes them all."""
+        """A recipe that takes these values takes all values of the key."""
         name, bounds = self.drawn
         return bounds if name == "choice" else (bounds[0], bounds[1] - (name == "randint"))
 
+    def domain(self) -> Any:
+        """The key as a distribution of Ray Tune."""
+        from ray import tune  # only where a sweep runs
+
+        name, bounds = self.drawn
+        return tune.choice(list(bounds)) if name == "choice" else getattr(tune, name)(*bounds)
+
 
 class Scheduler(Section):
-    """Successive halving in the order of the points; see ``rungs``."""
+    """What stops trials early: ``asha``, ``none``, or another scheduler of Ray Tune by its name."""
 
-    name: Literal["asha", "none"] = "asha"
-    grace: float = Field(0.25, gt=0, lt=1)  # share of a trial's steps before the first decision
-    reduction: int = Field(
-        3, gt=1
-    )  # one in so many goes on; decisions at grace, grace * reduction, ...
+    name: str = "asha"
+    grace: float = Field(0.25, gt=0, lt=1, description="ASHA: share of the steps that all train")
+    reduction: int = Field(3, gt=1, description="ASHA: one trial of so many is continued")
+    metric: str | None = Field(None, description="what is compared; default: the metrics' sum")
+    measurements: int = Field(
+        4, gt=0, description="other schedulers: measurements of a trial, at equal shares of it"
+    )
+    arguments: dict[str, Any] = Field({}, description="of Ray Tune's class")
 
-    def rungs(self) -> tuple[float, ...]:
-        shares = (
-            [round(self.grace * self.reduction**k, 6) for k in range(64)]
-            if self.name == "asha"
-            else []
-        )
-        return (*(s for s in shares if s < 1), 1.0)
+    def shares(self) -> tuple[float, ...]:
+        """The shares of its steps after which a trial is measured; the last is 1."""
+        if self.name == "none":
+            return (1.0,)
+        if self.name != "asha":
+            return tuple((i + 1) / self.measurements for i in range(self.measurements))
+        powers = [round(self.grace * self.reduction**k, 6) for k in range(64)]
+        return (*(share for share in powers if share < 1), 1.0)
 
 
 class Space(Section):
     about: str = ""
     stages: tuple[Stage, ...] = Field(
-        min_length=1
-    )  # what a trial trains: one or both experts, or the router
-    set: dict[str, Any] = Field({})  # recipe keys that all trials share
+        min_length=1, description="what a trial trains: one or both experts, or the router"
+    )
+    set: dict[str, Any] = Field({}, description="recipe keys that all trials share")
     space: dict[str, Key] = Field(min_length=1)
-    points: tuple[
-        Point, ...
-    ] = ()  # tried first; the very first is what all others are compared with
-    metrics: dict[str, Literal["max", "min"]] = Field(min_length=1)  # two or more: a Pareto front
-    search: Literal["random", "grid", "optuna"] = "random"
-    samples: int | None = Field(None, gt=0)  # points, those given included; a grid's default is all
-    seeds: int = Field(1, gt=0)  # trainings of every point that is not stopped
+    points: tuple[Point, ...] = Field(
+        (), description="tried first; the first one is what all others are compared with"
+    )
+    metrics: dict[str, Literal["max", "min"]] = Field(
+        min_length=1, description="with two or more the report has a Pareto front"
+    )
+    search: str = Field(
+        "random", description="random, grid, optuna, or another searcher of Ray Tune by its name"
+    )
+    search_arguments: dict[str, Any] = Field({}, description="of the searcher's class")
+    samples: int | None = Field(
+        None, gt=0, description="points, including the given ones; a grid's default is all"
+    )
+    seeds: int = Field(1, gt=0, description="trainings of every point that is not stopped")
     scheduler: Scheduler = Scheduler()
     concurrency: int | Literal["auto"] = Field(
-        "auto"
-    )  # trials at a time; auto: what the cluster holds
-    select: str = (
-        "knee"  # knee, METRIC, or "METRIC>=X then METRIC"; a stage's name stands for its accuracy
+        "auto", description="trials at a time; auto: as many as the cluster holds"
+    )
+    select: str = Field(
+        "knee", description='knee, METRIC, or "METRIC>=X then METRIC"; a stage means its accuracy'
     )
 
     @model_validator(mode="after")
@@ -123,9 +137,7 @@ class Space(Section):
         keys = list(self.space)
         for place, (name, key) in enumerate(self.space.items()):
             if late := key.when.keys() - set(keys[:place]):
-                raise ValueError(
-                    f"space.{name}.when: {late.pop()} is not a key that stands before it"
-                )
+                raise ValueError(f"space.{name}.when: {late.pop()} is not an earlier key of space")
             if self.search == "grid" and key.choice is None:
                 raise ValueError(f"space.{name}: a grid needs choice, this is {key.drawn[0]}")
         for point in self.points:
@@ -135,10 +147,8 @@ class Space(Section):
             raise ValueError(f"samples is missing, which search: {self.search} needs")
         if isinstance(self.concurrency, int) and self.concurrency < 1:
             raise ValueError(f"concurrency is {self.concurrency}, at least 1 is expected")
-        if self.search == "optuna" and self.concurrency == "auto":
-            raise ValueError(
-                "concurrency: optuna needs a number, for its points must not depend on the cluster"
-            )
+        if self.scheduler.metric is not None:
+            self.metric(self.scheduler.metric)
         self.rule()
         return self
 
@@ -164,31 +174,28 @@ class Space(Section):
             )
         full = [self.metric(n) for n in names]
         if other := set(full) - self.metrics.keys():
-            raise ValueError(
-                f"select: {other.pop()} is not among the sweep's metrics ({', '.join(self.metrics)})"
-            )
+            raise ValueError(f"select: {other.pop()} is not among {', '.join(self.metrics)}")
         return (full[0], match[2], match[3], full[1]) if match else (full[0],)
 
     def expand(self, key: str) -> list[str]:
-        """The recipe's keys that one of the space's stands for."""
-        head, tail = key[:10], key[10:]
-        return (
-            [f"experts.{s}.{tail}" for s in self.stages if s in EXPERTS]
-            if head == "experts.*."
-            else [key]
-        )
+        """The recipe's keys that a key of the space means."""
+        if not key.startswith("experts.*."):
+            return [key]
+        tail = key.removeprefix("experts.*.")
+        return [f"experts.{stage}.{tail}" for stage in self.stages if stage in EXPERTS]
 
-    def draw(self, pick: Callable[[str, Key], Any]) -> Point:
-        """A point of the keys that matter in it; ``pick`` gives a key's value."""
+    def active(self, values: Mapping[str, Any]) -> Point:
+        """The keys of a point that apply in it."""
         point = Point()
         for name, key in self.space.items():
-            if all(point.get(other) in values for other, values in key.when.items()):
-                point[name] = pick(name, key)
+            applies = all(point.get(other) in allowed for other, allowed in key.when.items())
+            if applies and name in values:
+                point[name] = values[name]
         return point
 
 
 def load_space(path: str, changes: dict[str, Any]) -> Space:
-    """The space of a YAML file; ``changes`` that are not None replace its top-level keys (the command line's).
+    """The space of a YAML file, with those ``changes`` of its keys that are not None.
 
     Raises:
         UserError: one line that names the key, what is wrong, and what would have been right.
@@ -202,16 +209,16 @@ def fix(config: Config, space: Space, path: str) -> Config:
     """The recipe with the space's ``set``, after every key, range and point was tried on it.
 
     Raises:
-        UserError: a key that the recipe does not have, that no trial trains, or a value that it does not take.
+        UserError: a key that the recipe lacks or that no trial trains, or a value it refuses.
     """
     fixed = at(config, space, space.set, f"space {path}: set")
     for name, key in space.space.items():
         for value in key.ends():
             at(fixed, space, {name: value}, f"space {path}: space.{name}")
         if not _VARIED.match(name):
-            what = "experts.*.objective, experts.*.optim, lora and router"
             raise UserError(
-                f"space {path}: space.{name}: frozen signals or placement hang on it; a sweep varies {what}"
+                f"space {path}: space.{name}: the frozen signals or the placement depend on it; a "
+                "sweep varies experts.*.objective, experts.*.optim, lora and router"
             )
     for number, point in enumerate(space.points):
         at(fixed, space, point, f"space {path}: points.{number}")
@@ -234,75 +241,30 @@ def at(config: Config, space: Space, point: Point, where: str) -> Config:
     return with_overrides(config, overrides, where)
 
 
-def grid(space: Space) -> list[Point]:
-    """All points of a grid, those given first."""
-    points = [dict(p) for p in space.points]
-    for values in itertools.product(*(key.choice or () for key in space.space.values())):
-        full = dict(zip(space.space, values, strict=True))
-        if (point := space.draw(lambda name, key, full=full: full[name])) not in points:  # type: ignore[misc]
-            points.append(point)
-    return points
+def known_points(space: Space, samples: int | None, seed: int) -> list[Point] | None:
+    """The points of a grid or a random search, the given ones first; None for other searches."""
+    points = [dict(point) for point in space.points]
+    if space.search == "grid":
+        for values in itertools.product(*(key.choice or () for key in space.space.values())):
+            point = space.active(dict(zip(space.space, values, strict=True)))
+            if point not in points:
+                points.append(point)
+        return points[:samples]
+    if space.search != "random":
+        return None
+    points += [random_point(space, seed, n) for n in range(len(points), samples or 0)]
+    return points[:samples]
 
 
-def random(space: Space, seed: int, number: int) -> Point:
-    """A point hangs on the seed and its own number alone, so that a longer sweep begins with a shorter one's points."""
+def random_point(space: Space, seed: int, number: int) -> Point:
+    """A function of seed and number alone: a longer sweep begins with a shorter one's points."""
     from numpy.random import RandomState
-    from ray import tune
 
-    generator = RandomState(crc32(f"{seed}/{number}".encode()))
-
-    def pick(_: str, key: Key) -> Any:
-        name, bounds = key.drawn
-        if name == "choice":  # by place, for numpy would make all of one type
-            return bounds[int(generator.randint(len(bounds)))]
-        value = getattr(tune, name)(*bounds).sample(random_state=generator)
-        return int(value) if name == "randint" else float(value)
-
-    return space.draw(pick)
-
-
-class Optuna:
-    """Points by Optuna's TPE, multi-objective where the sweep is. ``ask`` and ``tell`` in a fixed order give fixed points."""
-
-    def __init__(self, space: Space, seed: int) -> None:
-        try:
-            import optuna
-        except ImportError:
-            raise UserError(
-                "search is optuna, but the package is not installed: pip install 'midpo_ray[tune]'"
-            ) from None
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.space, self.asked = space, dict[int, Any]()
-        directions: list[Any] = [
-            "maximize" if d == "max" else "minimize" for d in space.metrics.values()
-        ]
-        self.study = optuna.create_study(
-            directions=directions, sampler=optuna.samplers.TPESampler(seed=seed)
-        )
-
-    def ask(self, number: int) -> Point:
-        trial = self.asked[number] = self.study.ask()
-
-        def pick(name: str, key: Key) -> Any:
-            kind, bounds = key.drawn
-            if kind == "choice":  # by place, for Optuna takes no lists
-                return bounds[trial.suggest_categorical(name, list(range(len(bounds))))]
-            if kind == "randint":
-                return trial.suggest_int(name, bounds[0], bounds[1] - 1)
-            step = bounds[2] if kind == "quniform" else None
-            return trial.suggest_float(
-                name, bounds[0], bounds[1], log=kind == "loguniform", step=step
-            )
-
-        return self.space.draw(pick)
-
-    def tell(self, number: int, values: Sequence[float] | None) -> None:
-        """A point's metrics in their order, None where it failed; told once, and of points that were given never."""
-        from optuna.trial import TrialState
-
-        if number in self.asked:
-            self.study.tell(
-                self.asked.pop(number),
-                values,
-                state=TrialState.COMPLETE if values else TrialState.FAIL,
-            )
+    generator, values = RandomState(crc32(f"{seed}/{number}".encode())), Point()
+    for name, key in space.space.items():
+        if all(values.get(other) in allowed for other, allowed in key.when.items()):
+            value = key.domain().sample(random_state=generator)
+            if key.choice is None:
+                value = int(value) if key.randint else float(value)
+            values[name] = value
+    return values

@@ -1,18 +1,21 @@
-"""``midpo tune``: score once, then run trials on Ray Tune until every point of the space is judged; then the report.
+"""``midpo tune``: score once, then run the trials of a space on Ray Tune, then write the report.
 
-All that a sweep knows lies in its trials' records. What runs next, what is stopped and what wins are functions of them: so the
-same command after a kill of anything goes on where it was, and ends with the table that it would have had without.
+The numbers of a trial depend on its configuration and seed alone. Which trials are stopped early is
+decided by Tune's scheduler, as they arrive.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import signal
+import threading
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import Config, digest
 from ..errors import UserError
@@ -20,111 +23,24 @@ from ..pipeline import cluster
 from ..pipeline.lock import run_lock
 from ..pipeline.manifest import Manifest
 from ..pipeline.plan import fingerprints
+from ..pipeline.prepare import resolve
 from ..pipeline.run import cache_folder, run
+from ..pipeline.watch import STOP
 from ..storage import Storage
-from .rungs import Verdict, judge
-from .space import Optuna, Point, Space, at, fix, grid, load_space, random
-from .trial import group_of, read_record, stop_order, trial
+from .report import write_sweep_report
+from .space import Space, fix, known_points, load_space
 
-Say = Callable[[str], None]
+if TYPE_CHECKING:
+    from .trial import SweepSettings
+
+# Ray and what imports it (``search``, ``trial``) are imported after ``cluster.connect`` has set the
+# environment that Ray reads.
+
+log = logging.getLogger(__name__)
+
 STATE = "sweep.json"
-EVERY = 10.0  # seconds between lines of progress
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One training: a point with one seed."""
-
-    point: int
-    seed: int
-    config: Config
-    id: str  # of all that it depends on
-
-
-@dataclass
-class Sweep:
-    """What is known of a sweep, and what follows from it. No Ray here."""
-
-    space: Space
-    config: Config  # with the space's ``set``, and built-in names made files
-    run: Storage
-    key: str  # digest of all that trials share
-    samples: int
-    points: list[Point] = field(default_factory=list)
-    records: dict[str, dict[str, Any]] = field(default_factory=dict)
-    units: dict[tuple[int, int], Unit] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.rungs = self.space.scheduler.rungs()
-        self.optuna = (
-            Optuna(self.space, self.config.seed) if self.space.search == "optuna" else None
-        )
-        self.grid = grid(self.space) if self.space.search == "grid" else None
-
-    def unit(self, point: int, seed: int = 0) -> Unit:
-        if (point, seed) not in self.units:
-            config = at(self.config, self.space, self.points[point], f"point {point}")
-            config = config.model_copy(
-                update={"training_seed": self.config.seed_of_training + seed}
-            )
-            trained = (
-                config.lora,
-                config.router if "router" in self.space.stages else config.experts,
-            )
-            unit = Unit(point, seed, config, digest(self.key, *trained, config.training_seed))
-            self.units[point, seed] = unit
-            self.records[unit.id] = read_record(self.run, unit.id) or {}
-        return self.units[point, seed]
-
-    def curve(self, unit: Unit) -> list[dict[str, float]]:
-        """Its metrics at each rung so far."""
-        rungs = self.records[unit.id].get("rungs", {})
-        return [rungs[str(r)] for r in self.rungs if str(r) in rungs]
-
-    def verdicts(self) -> list[Verdict]:
-        """Of the points so far, by their first seed."""
-        units = [self.unit(p) for p in range(len(self.points))]
-        failed = ["failed" in self.records[u.id] for u in units]
-        reduction = self.space.scheduler.reduction
-        return judge(
-            [self.curve(u) for u in units], failed, len(self.rungs), reduction, self.space.metrics
-        )
-
-    def todo(self) -> list[Unit]:
-        """What may run now, in order: points that are not judged, then the other seeds of those that were not stopped."""
-        while len(self.points) < self.samples and (point := self._next_point()) is not None:
-            self.points.append(point)
-        units = []
-        for seed in range(self.space.seeds):
-            wanted = ("finished",) if seed else ("waiting", "undecided")
-            for number, verdict in enumerate(self.verdicts()):
-                unit = self.unit(number, seed)
-                ended = (
-                    len(self.curve(unit)) == len(self.rungs) or "failed" in self.records[unit.id]
-                )
-                if verdict.state in wanted and not ended:
-                    units.append(unit)
-        return units
-
-    def _next_point(self) -> Point | None:
-        """None: not known yet. Optuna draws a point when all but the ``concurrency`` before it are judged, from those alone."""
-        number = len(self.points)
-        if number < len(self.space.points):
-            return dict(self.space.points[number])
-        if self.grid is not None:
-            return self.grid[number]
-        if self.optuna is None:
-            return random(self.space, self.config.seed, number)
-        assert isinstance(self.space.concurrency, int)
-        known = self.verdicts()[: max(0, number + 1 - self.space.concurrency)]
-        if any(v.state in ("waiting", "undecided") for v in known):
-            return None
-        for i, verdict in enumerate(known):
-            last = (
-                self.curve(self.unit(i))[: verdict.rungs][-1:] if verdict.state != "failed" else []
-            )
-            self.optuna.tell(i, [values[m] for values in last for m in self.space.metrics] or None)
-        return self.optuna.ask(number)
+_NOTICE = 25.0  # seconds after SIGTERM for the last checkpoints
+_FREE = {"about", "samples", "seeds", "select", "concurrency"}  # may change between two commands
 
 
 def tune(
@@ -138,204 +54,206 @@ def tune(
     add_samples: int = 0,
     seeds: int | None = None,
     select: str | None = None,
-    say: Say = print,
 ) -> Storage:
-    """Run what is missing of a sweep; returns its folder, with results.parquet, results.csv, report.html and best.yaml.
+    """Run what is missing of a sweep; the same command resumes one that was interrupted.
 
     Args:
         path: the space's file.
-        config: the recipe; ``recipe`` is what it was called by, for the provenance.
+        config: the recipe; ``recipe`` is how it was named, for the provenance.
         run_dir: default runs/<recipe>-tune-<space>.
         samples, seeds, select: instead of the space's own.
-        add_samples: so many more points than a finished sweep has; one that is not finished goes on as it was.
+        add_samples: how many points a finished sweep gets in addition.
+
+    Returns:
+        The sweep's folder, with results.parquet, results.csv, report.html and best.yaml.
 
     Raises:
-        UserError: bad input, told in one line before Ray starts; no trial came to its end; or the sweep was interrupted.
+        UserError: bad input, before Ray starts; or no trial was finished.
+        KeyboardInterrupt: after SIGTERM or SIGINT, when checkpoints are written.
     """
-    from ..pipeline.prepare import resolve
-    from .report import write
-
     space = load_space(path, {"samples": samples, "seeds": seeds, "select": select})
     fixed, name = fix(config, space, path), Path(path).stem
     folder = Storage(run_dir or f"runs/{config.name}-tune-{name}")
     Manifest(folder).refuse_other(config)
-    parts, until = fingerprints(fixed), "dual" if "router" in space.stages else "score"
-    key = digest(
-        [parts[s] for s in (("score", "safety", "helpfulness") if until == "dual" else ("score",))],
-        fixed.deepspeed,
-    )
-    free = {
-        "about",
-        "samples",
-        "seeds",
-        "select",
-        *(() if space.search == "optuna" else ("concurrency",)),
-    }
-    identity = digest(key, fixed.lora, fixed.experts, fixed.router, space.model_dump(exclude=free))
-    known: dict[str, Any] = (
-        json.loads(folder.read(STATE)) if folder.exists(STATE) else {"of": identity, "samples": 0}
-    )
-    if known["of"] != identity:
-        raise UserError(
-            f"{folder.uri}: holds a sweep of another space or recipe; name another --run-dir"
-        )
-
-    count = max(known["samples"], space.samples or len(grid(space)))
-    if space.search == "grid":
-        count = min(count, len(grid(space)))
-    sweep = Sweep(space, resolve(fixed, cache_folder(config, folder)), folder, key, count)
-    if add_samples and known["samples"] and not sweep.todo():
-        sweep.samples += add_samples
-    if sweep.grid is not None:
-        sweep.samples = min(sweep.samples, len(sweep.grid))
-    state = json.dumps({"of": identity, "samples": sweep.samples}).encode()
-    if todo := sweep.todo():
-        say(
-            f"sweep {folder.uri}: {sweep.samples} points, {len(todo)} trials to run or to go on with"
-        )
+    parts = fingerprints(fixed)
+    is_router = "router" in space.stages
+    inputs = ("score", "safety", "helpfulness") if is_router else ("score",)
+    key = digest([parts[stage] for stage in inputs], fixed.deepspeed)
+    methods = (fixed.lora, fixed.experts, fixed.router)
+    identity = digest(key, *methods, space.model_dump(exclude=_FREE))
+    state: dict[str, Any] = {"of": identity, "samples": 0, "finished": None}
+    if folder.exists(STATE):
+        state = json.loads(folder.read(STATE))
+    if state["of"] != identity:
+        raise UserError(f"{folder.uri}: holds a sweep of another space or recipe: name --run-dir")
+    all_points = known_points(space, None, config.seed) if space.search == "grid" else None
+    count = max(state["samples"], space.samples or len(all_points or ()))
+    if state["finished"]:
+        count += add_samples
+    if all_points is not None:
+        count = min(count, len(all_points))
+    if state["finished"] != [count, space.seeds]:
         with run_lock(folder):
             session = cluster.connect(address)
             try:
-                run(fixed, address, run_dir=folder.uri, until=until)
-                folder.write(STATE, state)  # nothing is written before the data is read
-                _run_trials(sweep, say)
+                _check_names(space, config.seed)
+                run(fixed, address, run_dir=folder.uri, until="dual" if is_router else "score")
+                state |= {"samples": count, "finished": None}
+                folder.write(STATE, json.dumps(state).encode())
+                trained = resolve(fixed, cache_folder(config, folder))
+                state["rows"] = _run_trials(space, trained, folder, key, count)
             finally:
                 if session is not None:
                     cluster.disconnect()
-    write(sweep, fixed, name, f"midpo tune {path} --recipe {recipe}", say)
+            state["finished"] = [count, space.seeds]
+            folder.write(STATE, json.dumps(state).encode())
+    command = f"midpo tune {path} --recipe {recipe}"
+    write_sweep_report(folder, space, fixed, state["rows"], name, command)
     return folder
 
 
-def _run_trials(sweep: Sweep, say: Say) -> None:
-    """Ray Tune over what is to do."""
-    os.environ.update({"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"})
+def _check_names(space: Space, seed: int) -> None:
+    """Scheduler and searcher are made once before anything is computed or written."""
+    from .search import make_scheduler, make_searcher
+
+    make_scheduler(space)
+    make_searcher(space, seed)
+
+
+def _run_trials(
+    space: Space, config: Config, folder: Storage, key: str, count: int
+) -> list[dict[str, Any]]:
+    """All trials, and one row per trial: point, seed, values, state, share, curve, error."""
     from ray import tune as ray_tune
 
-    group = group_of(sweep.config, list(sweep.space.stages))
-    cluster.wait_for([("a trial", group)], sweep.config.cluster.resources_timeout)
-    slots, nodes = 1, cluster.nodes()
-    while cluster.hold([group] * (slots + 1), nodes) is None:
-        slots += 1
-    limit = sweep.space.concurrency if isinstance(sweep.space.concurrency, int) else None
-    # A trial of one worker holds its resources itself, and the next waits in line for a warm process. A larger group's workers
-    # are placed all together or not at all, and no more trials start than the cluster holds groups: none can wait for another.
-    # The trial itself then stays on the head and takes nothing there: a sliver of a one-CPU node would keep a worker out.
-    in_place = group.min_workers == 1
-    bundle = cluster.bundle(group) if in_place else {"node:__internal_head__": 0.001}
-    selector = (
-        {"bundle_label_selector": [dict(group.label_selector)]}
-        if in_place and group.label_selector
-        else {}
-    )
-    order, stop = _tune_parts(sweep, group.min_workers, min(slots, limit or slots), say)
-    tuner = ray_tune.Tuner(
-        ray_tune.with_resources(trial, ray_tune.PlacementGroupFactory([bundle], **selector)),
-        tune_config=ray_tune.TuneConfig(
-            search_alg=order,
-            scheduler=stop,
-            num_samples=1 << 30,  # the order ends it
-            max_concurrent_trials=limit if in_place else min(slots, limit or slots),
-            reuse_actors=in_place,
-            trial_name_creator=lambda t: t.trial_id,
-            trial_dirname_creator=lambda t: t.trial_id,
-        ),
-        run_config=ray_tune.RunConfig(
-            name="tune", storage_path=(sweep.run / "logs").uri, verbose=0
-        ),
-    )
-    errors = tuner.fit().errors
-    if left := sweep.todo():
-        cause = f"; the last error: {str(errors[-1]).strip().splitlines()[-1]}" if errors else ""
-        raise UserError(
-            f"the sweep ended with {len(left)} trials to run, the same command goes on{cause}"
+    from .trial import SweepSettings
+
+    groups = [(stage, config.group(stage)) for stage in space.stages]
+    cluster.wait_for(groups, config.cluster.resources_timeout)
+    together = cluster.hold([group for _, group in groups], cluster.nodes()) is None
+    if not together:
+        log.info(
+            "the cluster cannot hold both experts at the same time: a trial trains them in turn"
         )
+    settings = SweepSettings(space, config, folder.uri, key, uuid.uuid4().hex, together)
+    points = known_points(space, count, config.seed)
+    if points is None:
+        drawn = {name: key.domain() for name, key in space.space.items()}
+        searched: Any = {"point": drawn, "seed": 0}
+    else:
+        searched = ray_tune.grid_search([{"point": point, "seed": 0} for point in points])
+    rows = _experiment(settings, f"points-{count}", searched, count, is_search=True)
+    if points is not None:
+        rows.sort(key=lambda row: points.index(row["values"]))
+    for number, row in enumerate(rows):
+        row["point"] = number
+    ended = [row for row in rows if row["state"] == "finished"]
+    again = [(row["values"], seed) for row in ended for seed in range(1, space.seeds)]
+    if space.points and rows[0]["state"] == "stopped":  # what all others are compared with
+        again = [(rows[0]["values"], seed) for seed in range(space.seeds)] + again
+    if again:
+        trials = [{"point": point, "seed": seed} for point, seed in again]
+        name = f"seeds-{digest(trials)[:12]}"
+        more = _experiment(settings, name, ray_tune.grid_search(trials), len(trials))
+        numbers = [row["values"] for row in rows]
+        for row in more:
+            row["point"] = numbers.index(row["values"])
+        redone = {(row["point"], row["seed"]) for row in more}
+        rows = [row for row in rows if (row["point"], row["seed"]) not in redone] + more
+    for name in folder.names("trials"):  # records stay, so that a longer sweep repeats no trial
+        for part in ("experts", "router.work", "dual"):
+            folder.delete(f"trials/{name}/{part}")
+    return sorted(rows, key=lambda row: (row["point"], row["seed"]))
 
 
-def _tune_parts(sweep: Sweep, workers: int, slots: int, say: Say) -> tuple[Any, Any]:
-    """Tune's searcher, which gives it the next trial, and Tune's scheduler, which takes what trials tell and stops them.
+def _experiment(
+    settings: SweepSettings, name: str, searched: Any, count: int, is_search: bool = False
+) -> list[dict[str, Any]]:
+    """Run one experiment of Tune, or resume it; its results in the order of its trials."""
+    os.environ.update({"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"})
+    from ray import tune as ray_tune
+    from ray.tune.logger import JsonLoggerCallback
 
-    A trial whose process or node died comes again, from its checkpoint, until it died ``cluster.max_failures`` times more.
-    """
-    from ray.tune.schedulers import FIFOScheduler
-    from ray.tune.search import Searcher
+    from .search import Progress, make_scheduler, make_searcher
+    from .trial import run_trial
 
-    running: dict[str, Unit] = {}
-    deaths: dict[str, int] = {}
-    began, ended, told = time.monotonic(), 0, 0.0
-
-    class Order(Searcher):
-        def suggest(self, trial_id: str) -> Any:
-            busy = {u.id for u in running.values()}
-            free = (
-                u
-                for u in sweep.todo()
-                if u.id not in busy and deaths.get(u.id, 0) <= sweep.config.cluster.max_failures
-            )
-            if (unit := next(free, None)) is None:
-                return None if busy else self.FINISHED
-            running[trial_id] = unit
-            sweep.run.delete(stop_order(unit.id))
-            spec = {
-                "config": unit.config.model_dump(mode="json"),
-                "stages": list(sweep.space.stages),
-                "rungs": list(sweep.rungs),
-            }
-            return {
-                **spec,
-                "id": unit.id,
-                "workers": workers,
-                "run": sweep.run.uri,
-                "asked": time.time(),
-            }
-
-        def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-            nonlocal ended
-            unit, ended = running.pop(trial_id), ended + 1
-            deaths[unit.id] = deaths.get(unit.id, 0) + error
-            if not error:
-                for name in (
-                    *(f"trials/{unit.id}/{s}" for s in sweep.space.stages),
-                    stop_order(unit.id),
-                ):
-                    sweep.run.delete(name)
-
-        def save(self, checkpoint_path: str) -> None:
-            """Nothing: the records are the sweep's memory."""
-
-    class Stop(FIFOScheduler):
-        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-            nonlocal told
-            unit = running[trial.trial_id]
-            sweep.records[unit.id] = read_record(sweep.run, unit.id) or {}
-            todo = sweep.todo()
-            if time.monotonic() - told > EVERY:
-                told = time.monotonic()
-                line, a_trial = (
-                    progress(sweep, min(slots, len(running))),
-                    (told - began) / max(1, ended),
-                )
-                say(
-                    f"{line}; about {a_trial * (len(todo) + sweep.samples - len(sweep.points)):.0f} s left"
-                )
-            if unit.id in {u.id for u in todo}:
-                return self.CONTINUE
-            if workers == 1:
-                return self.STOP
-            sweep.run.write(stop_order(unit.id), b"")
-            return self.CONTINUE
-
-    return Order(), Stop()
+    space, folder = settings.space, Storage(settings.folder)
+    path = f"{(folder / 'tune').uri}/{name}"
+    trainable = ray_tune.with_resources(
+        ray_tune.with_parameters(run_trial, settings=settings), settings.placement()
+    )
+    if ray_tune.Tuner.can_restore(path):
+        tuner = ray_tune.Tuner.restore(path, trainable, restart_errored=True)
+    else:
+        limit = space.concurrency if isinstance(space.concurrency, int) else None
+        tuner = ray_tune.Tuner(
+            trainable,
+            param_space={"trial": searched},
+            tune_config=ray_tune.TuneConfig(
+                search_alg=make_searcher(space, settings.config.seed) if is_search else None,
+                scheduler=make_scheduler(space) if is_search else None,
+                num_samples=count if isinstance(searched, dict) and "point" in searched else 1,
+                max_concurrent_trials=limit,
+                reuse_actors=True,
+                trial_name_creator=lambda trial: trial.trial_id,
+                trial_dirname_creator=lambda trial: trial.trial_id,
+            ),
+            run_config=ray_tune.RunConfig(
+                name=name,
+                storage_path=(folder / "tune").uri,
+                failure_config=ray_tune.FailureConfig(settings.config.cluster.max_failures),
+                checkpoint_config=ray_tune.CheckpointConfig(num_to_keep=2),
+                callbacks=[JsonLoggerCallback(), Progress(list(space.metrics), count)],
+                verbose=0,
+            ),
+        )
+    folder.delete(STOP)
+    with _notice(folder):
+        results = tuner.fit()
+    if results.num_terminated + results.num_errors < count:
+        raise KeyboardInterrupt
+    return [_row(results[number], space) for number in range(len(results))]
 
 
-def progress(sweep: Sweep, running: int) -> str:
-    """One line: how far the sweep is, and the best of each metric so far."""
-    verdicts = sweep.verdicts()
-    count = {s: sum(v.state == s for v in verdicts) for s in ("finished", "stopped", "failed")}
-    parts = [f"{running} running", *(f"{n} {s}" for s, n in count.items() if n or s != "failed")]
-    ends = [
-        (i, sweep.curve(sweep.unit(i))[-1]) for i, v in enumerate(verdicts) if v.state == "finished"
-    ]
-    for metric, direction in sweep.space.metrics.items() if ends else ():
-        number, best = (max if direction == "max" else min)(ends, key=lambda e: e[1][metric])
-        parts.append(f"best {metric} {best[metric]:.4g} (point {number})")
-    return f"sweep: {', '.join(parts)}"
+def _row(result: Any, space: Space) -> dict[str, Any]:
+    trial, table = result.config["trial"], result.metrics_dataframe
+    names = [name for name in (result.metrics or {}) if name.partition(".")[0] in space.stages]
+    shares, curve = [], []
+    if table is not None and len(table):
+        table = table.drop_duplicates("percent", keep="last")
+        shares = (table["percent"] / 100).tolist()
+        curve = table[names].to_dict("records")
+    if result.error is not None:
+        state = "failed"
+    else:
+        state = "finished" if shares and shares[-1] == 1.0 else "stopped"
+    error = str(getattr(result.error, "cause", None) or result.error or "").strip().splitlines()
+    return {
+        "seed": trial["seed"],
+        "values": space.active(trial["point"]),
+        "state": state,
+        "shares": shares,
+        "curve": curve,
+        "error": error[-1] if error else "",
+    }
+
+
+@contextlib.contextmanager
+def _notice(folder: Storage) -> Iterator[None]:
+    """After SIGTERM the workers are asked for a last checkpoint; then Tune saves its state."""
+
+    def stop(*_: object) -> None:
+        log.info("stopping: waiting for the last checkpoints")
+        folder.write(STOP, b"")
+        timer = threading.Timer(_NOTICE, os.kill, (os.getpid(), signal.SIGINT))
+        timer.daemon = True
+        timer.start()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
