@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -10,18 +11,26 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 import yaml
 
 from midpo_ray.cli import main
-from midpo_ray.config import digest
+from midpo_ray.config import digest, load_config
+from midpo_ray.errors import UserError
 from midpo_ray.metrics import Estimate, t_interval
 from midpo_ray.miniature import base as miniature
-from midpo_ray.study.numbers import above_front, by_seed, compare, dominates, minus, numbers
-from midpo_ray.study.plan import plan
+from midpo_ray.pipeline import cluster
+from midpo_ray.pipeline.stage import Outcome, StageResult
+from midpo_ray.storage import Storage
+from midpo_ray.study import work
+from midpo_ray.study.numbers import above_front, by_seed, compare, dominates, minus, study_numbers
+from midpo_ray.study.plan import StudyUnit, plan_study
+from midpo_ray.study.run import run_units
 from midpo_ray.study.spec import Comparison, load_study, shipped_studies
 
 DPO = {"experts.safety.objective.name": "dpo"}
@@ -59,16 +68,16 @@ def contender(name: str, **keys):
     [
         ({"contender": []}, "unknown key contender, did you mean contenders?"),
         ({"seeds": []}, "seeds"),
-        ({"seeds": [1, 1]}, "the seed 1 is there twice"),
-        ({"seeds": [0, 0]}, "the seed 0 is there twice"),
-        ({"main": "router"}, "no contender is named 'router', did you mean 'routed'?"),
+        ({"seeds": [1, 1]}, "seeds: 1 occurs twice"),
+        ({"seeds": [0, 0]}, "seeds: 0 occurs twice"),
+        ({"main": "router"}, "contenders: none is named 'router', did you mean 'routed'?"),
         (
             {"contenders": contender("safety", serve="base")},
-            "the contender 'safety' is there twice",
+            "contenders: 'safety' occurs twice",
         ),
         (
             {"contenders": contender("again", serve="safety")},
-            "the contenders 'safety' and 'again' are the same",
+            "contenders: 'safety' and 'again'",
         ),
         (
             {"contenders": contender("x", serve="both")},
@@ -76,7 +85,7 @@ def contender(name: str, **keys):
         ),
         (
             {"contenders": contender("x", serve="added")},
-            "x: gates: [safety, helpfulness] go with serve: added",
+            "x: gates: [safety, helpfulness]",
         ),
         (
             {"contenders": contender("x", serve="base", sets={})},
@@ -88,7 +97,7 @@ def contender(name: str, **keys):
         ),
         (
             {"contenders": contender("x", serve="routed", set={"data.validation": 0})},
-            "frozen signals or the seeds hang on it",
+            "x: set: data.validation",
         ),
         (
             {"contenders": contender("x", serve="routed", set={"router.rule": "best"})},
@@ -96,17 +105,17 @@ def contender(name: str, **keys):
         ),
         (
             {"comparisons": [{"of": "safety", "against": "nobody", "by": "cost"}]},
-            "no contender is named 'nobody'",
+            "none is named 'nobody'",
         ),
-        ({"fronts": {"MODPO": ["nobody"]}}, "no contender is named 'nobody'"),
+        ({"fronts": {"MODPO": ["nobody"]}}, "none is named 'nobody'"),
         ({"set": {"router.rules": "labels"}}, "unknown key router.rules, did you mean rule?"),
         (
             {"set": {"model.path": "gpt2"}},
-            "sets is empty, and the recipe's model is not builtin:miniature",
+            "sets is empty",
         ),
         (
             {"sets": ["xstest"]},
-            "sets and judges: the prompts of builtin:miniature (no sets) go with its judge",
+            "sets and judges: builtin:miniature",
         ),
         ({"sets": ["xstest"], "judges": ["phrase"]}, "--judges phrase: phrases, reward=SCORER"),
         ({"recipe": "minature"}, "recipe 'minature' is not known, did you mean miniature?"),
@@ -132,12 +141,12 @@ def test_an_unknown_study_names_those_there(tmp_path, capsys):
 
 def test_contenders_share_trainings(tmp_path):
     """By hand, for each of two seeds: two safety experts, a helpfulness expert, two routers on the same experts."""
-    graph = plan(*load_study(write(tmp_path, content())), "test")
+    graph = plan_study(*load_study(write(tmp_path, content())), "test")
     trained = [u for u in graph.units.values() if u.kind == "trainings"]
     assert sorted(u.stage for u in trained) == sorted(
         ["safety", "safety", "helpfulness", "router", "router"] * 2
     )
-    assert len([u for u in graph.units.values() if u.kind == "worlds"]) == 2
+    assert len([u for u in graph.units.values() if u.kind == "scores"]) == 2
     assert len(graph.answers) == 12
     places = {unit: place for place, unit in enumerate(graph.units)}
     assert all(places[need] < places[u.id] for u in graph.units.values() for need in u.needs)
@@ -147,7 +156,7 @@ def test_contenders_share_trainings(tmp_path):
 
 
 def test_only_what_is_asked_for_and_not_there_runs(tmp_path):
-    graph = plan(*load_study(write(tmp_path, content(seeds=[0]))), "test")
+    graph = plan_study(*load_study(write(tmp_path, content(seeds=[0]))), "test")
     everything = {u.id for u in graph.units.values()}
     assert {u.id for u in graph.missing(set())} == everything
     assert graph.missing(everything) == []
@@ -158,8 +167,8 @@ def test_only_what_is_asked_for_and_not_there_runs(tmp_path):
 
 
 def test_a_training_seed_keeps_the_world(tmp_path):
-    graph = plan(*load_study(write(tmp_path, content(vary="training_seed"))), "test")
-    assert len([u for u in graph.units.values() if u.kind == "worlds"]) == 1
+    graph = plan_study(*load_study(write(tmp_path, content(vary="training_seed"))), "test")
+    assert len([u for u in graph.units.values() if u.kind == "scores"]) == 1
     assert len([u for u in graph.units.values() if u.kind == "trainings"]) == 10
     assert len(set(graph.answers.values())) == 12
 
@@ -184,16 +193,18 @@ def test_other_prompts_or_another_judge_are_answers_anew(tmp_path, monkeypatch, 
     )
     judges = ["phrases", "reward=my_reward:reward"]
     path = write(tmp_path, content(seeds=[0], sets=[str(tmp_path / "prompts.csv")], judges=judges))
-    before = plan(*load_study(path), "test")
-    assert plan(*load_study(path), "test") == before
+    before = plan_study(*load_study(path), "test")
+    assert plan_study(*load_study(path), "test") == before
     with (tmp_path / changed).open("a") as file:
         file.write("\n# more\n")
-    after = plan(*load_study(path), "test")
+    after = plan_study(*load_study(path), "test")
     assert not set(before.answers.values()) & set(after.answers.values())
     assert set(before.units) - set(before.answers.values()) == set(after.units) - set(
         after.answers.values()
     )
-    said = [{graph.units[u].said for u in graph.answers.values()} for graph in (before, after)]
+    said = [
+        {graph.units[u].generation for u in graph.answers.values()} for graph in (before, after)
+    ]
     assert (said[0] == said[1]) == (
         changed == "my_reward.py"
     )  # another judge: nothing is generated anew
@@ -202,7 +213,7 @@ def test_other_prompts_or_another_judge_are_answers_anew(tmp_path, monkeypatch, 
 @pytest.mark.parametrize("name", shipped_studies())
 def test_shipped_studies_load_and_plan(name):
     study, config = load_study(name)
-    graph = plan(study, config, name)
+    graph = plan_study(study, config, name)
     assert len(graph.answers) == len(study.contenders) * len(study.seeds)
     assert study.contender(study.main).serve == "routed"
 
@@ -293,12 +304,125 @@ def test_the_best_rival_is_that_of_the_highest_joint_rate(tmp_path):
         "routed, token": [1.0, 1.0],
     }
     tables = {n: pd.concat([answers(v, seed=s) for s in (0, 1)]) for n, v in values.items()}
-    result = numbers(study, tables)
+    result = study_numbers(study, tables)
     assert [c["name"] for c in result["contenders"]] == [*values]
     expected = {"above": [], "best_rival": "safety", "joint_lead": t_interval([0.5, 0.5])}
     assert result["front"] == expected
     assert [d["against"] for d in result["differences"]] == ["base", "safety", "routed, token"]
     assert [c["joint"].value for c in result["contenders"]] == [0.0, 0.5, 1.0, 1.0]
+
+
+# --- on a cluster ---------------------------------------------------------------------------------
+
+
+def unit(name, *needs, cpus=1.0):
+    scores = load_config("miniature").scores.model_copy(
+        update={"cpus_per_worker": cpus, "workers": 1}
+    )
+    config = load_config("miniature").model_copy(update={"scores": scores})
+    return StudyUnit("answers", name, name, 0, config, needs)
+
+
+@pytest.fixture(scope="module")
+def small_cluster():
+    """A cluster of one node with one CPU; more can be added."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 1, "include_dashboard": False}
+    found = Cluster(initialize_head=True, head_node_args=head)
+    ray.init(address=found.address, log_to_driver=False)
+    yield found
+    ray.shutdown()
+    found.shutdown()
+
+
+def recorder(folder: Path):
+    """A unit's work, for Ray to pickle by value: it notes its name, and its needs' results."""
+
+    def run(unit, study, uri, *needed):
+        with (folder / "order").open("a") as file:
+            file.write(f"{unit.id} after {'+'.join(needed)}\n")
+        if unit.id == "broken":
+            raise UserError("a wrong judge")
+        return unit.id
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_unit_waits_for_a_node_that_returns(tmp_path, small_cluster):
+    """A 2-CPU unit on a cluster that has one CPU for a moment is queued, and runs when a node joins."""
+    units = [unit("large", cpus=2), unit("small"), unit("last", "small", "large")]
+    arguments = (units, None, Storage(tmp_path), 60.0, recorder(tmp_path))
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(run_units, *arguments)
+        time.sleep(4)
+        assert not running.done()
+        small_cluster.add_node(num_cpus=2)
+        assert running.result(timeout=60) == {}
+    order = (tmp_path / "order").read_text().splitlines()
+    assert order == ["small after ", "large after ", "last after small+large"]
+
+
+@pytest.mark.slow
+def test_a_failure_ends_what_depends_on_it_and_a_shortage_ends_in_time(
+    tmp_path, small_cluster, monkeypatch
+):
+    monkeypatch.setattr(cluster, "RETURN", 0.0)
+    units = [unit("broken"), unit("after", "broken"), unit("huge", cpus=99), unit("well")]
+    started = time.monotonic()
+    failed = run_units(units, None, Storage(tmp_path), 1.0, recorder(tmp_path))
+    assert time.monotonic() - started < 60
+    assert set(failed) == {"broken, seed 0", "after, seed 0", "huge, seed 0"}
+    assert str(failed["broken, seed 0"]) == "a wrong judge"
+    assert "99 CPU" in str(failed["huge, seed 0"])
+    assert sorted((tmp_path / "order").read_text().splitlines()) == ["broken after ", "well after "]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "error"),
+    [
+        (Outcome.FINISHED, None),
+        (Outcome.STOPPED, UserError),  # a notice to the study
+        (Outcome.PREEMPTED, work.Preempted),  # a notice to the node: Ray runs the task again
+    ],
+)
+def test_a_training_is_a_stage_that_listens_to_the_study(tmp_path, monkeypatch, outcome, error):
+    """The stage runner, with its watchdog, runs it; ``logs/stop`` in the study's folder stops it."""
+    plan = plan_study(*load_study(write(tmp_path, content(seeds=[0]))), "test")
+    training = next(u for u in plan.units.values() if u.stage == "safety")
+    specs = []
+    monkeypatch.setattr(work, "_scored", lambda run: run)
+    monkeypatch.setattr(work, "_resolved", lambda config, study: config)
+    monkeypatch.setattr(work, "stage_table", lambda *_: (pa.table({"x": [1]}), {"pairs": 1}))
+    monkeypatch.setattr(work, "run_alone", lambda s: specs.append(s) or StageResult(outcome, 3))
+    folder = Storage(tmp_path / "run")
+    if error is None:
+        work.run_unit(training, None, folder.uri)
+    else:
+        with pytest.raises(error):
+            work.run_unit(training, None, folder.uri)
+    (spec,) = specs
+    assert (spec.stage, spec.digest, spec.notice) == ("safety", training.id, folder.uri)
+    assert spec.run == (folder / training.folder).uri
+    is_finished = outcome is Outcome.FINISHED
+    assert folder.exists(f"{training.folder}/record.json") == is_finished
+    assert spec.work.exists("pairs.parquet") != is_finished
+    assert (plan.finished(folder) == {training.id}) == is_finished
+
+
+def test_a_data_file_is_hashed_once(tmp_path, monkeypatch):
+    data = tmp_path / "pairs.jsonl"
+    data.write_text(json.dumps({"prompt": "p", "chosen": "x" * (1 << 20), "rejected": "y"}) + "\n")
+    opened = []
+    digest_of = hashlib.file_digest
+    monkeypatch.setattr(
+        hashlib, "file_digest", lambda *args: opened.append(args) or digest_of(*args)
+    )
+    changes = {"data.sets": [{"path": str(data)}]}
+    plan_study(*load_study(write(tmp_path, content(set=changes))), "test")
+    assert len(opened) == 1
 
 
 # --- killed, and run again --------------------------------------------------------------------------------------------------
@@ -311,7 +435,7 @@ def records(folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.slow
-def test_a_killed_study_goes_on(tmp_path):
+def test_a_killed_study_is_resumed(tmp_path):
     made = miniature.build_files(tmp_path / "made", seed=0, rows=200, steps=2)
     expected = f"miniature-{digest('miniature', miniature.VERSION, 0, 200, miniature.STEPS)}"
     cache = tmp_path / "cache/miniature"

@@ -66,7 +66,7 @@ def train(
     patience = max(config.cluster.resources_timeout, cluster.RETURN)
     shortages, faults = cluster.Shortages(patience), Faults(run)
     look, end = time.monotonic() + LOOK, math.inf
-    with Live(run, [step.stage for step in steps]) as live, _on_sigterm() as noticed:
+    with Live(run, [step.stage for step in steps]) as live, on_sigterm() as noticed:
         while running and time.monotonic() < end:
             ready, _ = ray.wait(list(running), timeout=0.5)
             live.update()
@@ -102,7 +102,7 @@ def train(
 
 
 @contextlib.contextmanager
-def _on_sigterm() -> Iterator[threading.Event]:
+def on_sigterm() -> Iterator[threading.Event]:
     """An event that SIGTERM (a spot machine's notice, a stopped job) sets instead of ending us."""
     noticed = threading.Event()
     if threading.current_thread() is not threading.main_thread():

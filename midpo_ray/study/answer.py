@@ -1,4 +1,4 @@
-"""What a contender says to every prompt, how far it is from its base, and what its gates did; then the judges."""
+"""Answers of a system to every prompt, their log-ratio to its base, its gates; then verdicts."""
 
 from __future__ import annotations
 
@@ -28,24 +28,25 @@ from ..evaluation.report import answers_table
 from ..models.assembly import load_routed, route
 from ..models.base import load_adapter, load_base, load_tokenizer
 from ..models.logprobs import ResponseLogProbs
+from .spec import Contender
 
-PASS_TOKENS = 4096  # of one forward pass (ours)
-EXAMPLES = 2  # prompts of each category whose gates are shown token by token
+_PASS_TOKENS = 4096  # of one forward pass (ours)
+_EXAMPLES = 2  # prompts of each category whose gates are shown token by token
 
 
 @dataclass
 class Served:
-    """A contender's model, as it generates and scores."""
+    """A system's model, as it generates and scores."""
 
     model: Any
     logprobs: Callable[[TokenBatch], Tensor]  # [S] nats
     reference: Callable[[], AbstractContextManager[Any]]  # within it the model is its base
-    as_served: AbstractContextManager[Any]  # within it the gates are the contender's
+    as_served: AbstractContextManager[Any]  # within it the gates are the system's
 
 
-def serve(config: Config, contender: Mapping[str, Any], trained: Mapping[str, Path]) -> Served:
-    """``trained``: the folder of every stage that the contender needs, as a run directory has it."""
-    kind, device = contender["serve"], "cuda" if torch.cuda.is_available() else "cpu"
+def serve(config: Config, contender: Contender, trained: Mapping[str, Path]) -> Served:
+    """``trained``: the folder of every stage that the system needs, as a run directory has it."""
+    kind, device = contender.serve, "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "routed":
         return _routed(load_routed(trained["router"], device), nullcontext())
     model = load_base(config.model, device, serve=True)
@@ -57,7 +58,7 @@ def serve(config: Config, contender: Mapping[str, Any], trained: Mapping[str, Pa
     safety, helpfulness = (trained[name] for name in EXPERTS)
     texts: dict[str, Any] = {"tokenizer": load_tokenizer(config.model), "data": config.data}
     routed = route(model, safety, helpfulness, config.router, base=config.model, **texts).eval()
-    return _routed(routed, routed.force_gates(*contender["gates"]))
+    return _routed(routed, routed.force_gates(*(contender.gates or ())))
 
 
 def _routed(routed: Any, gates: AbstractContextManager[Any]) -> Served:
@@ -71,9 +72,9 @@ def _routed(routed: Any, gates: AbstractContextManager[Any]) -> Served:
     return Served(routed, logprobs, lambda: routed.force_gates(0.0, 0.0), gates)
 
 
-def answers(
+def answer_prompts(
     config: Config,
-    contender: Mapping[str, Any],
+    contender: Contender,
     trained: Mapping[str, Path],
     prompts: Sequence[Prompt],
     options: GenerationOptions,
@@ -82,10 +83,10 @@ def answers(
 
     ``log_ratio`` is log pi(y|x) - log pi_ref(y|x) of the answer, nats: its mean is the KL from the
     base where answers are sampled at temperature 1. Sampling uses common random numbers, keyed by
-    prompt and seed, so that comparisons between contenders are paired.
+    prompt and seed, so that comparisons between systems are paired.
     """
     served, seed = serve(config, contender, trained), config.seed_of_training
-    routed = str(trained["router"]) if contender["serve"] == "routed" else None
+    routed = str(trained["router"]) if contender.serve == "routed" else None
     mapped = frozenset((p.set, p.id) for p in _examples(prompts) if routed)
     spec = ModelSpec("", "", "", config.model, config.data.template, routed=routed)
     with served.as_served:
@@ -111,8 +112,10 @@ def judged(
 
 
 def _examples(prompts: Sequence[Prompt]) -> list[Prompt]:
-    kinds = dict.fromkeys(p.category for p in prompts)
-    return [p for kind in kinds for p in [p for p in prompts if p.category == kind][:EXAMPLES]][:8]
+    chosen: list[Prompt] = []
+    for category in dict.fromkeys(p.category for p in prompts):
+        chosen += [p for p in prompts if p.category == category][:_EXAMPLES]
+    return chosen[:8]
 
 
 @torch.inference_mode()
@@ -120,7 +123,7 @@ def log_ratios(served: Served, documents: Sequence[Document]) -> list[float]:
     """log pi - log pi_ref of each document's answer, nats."""
     lengths = [len(d.prefix) + len(d.suffixes[0]) for d in documents]
     ratios = [0.0] * len(documents)
-    for part in split_batch(range(len(documents)), lengths, 1, PASS_TOKENS)[0]:
+    for part in split_batch(range(len(documents)), lengths, 1, _PASS_TOKENS)[0]:
         batch = collate([documents[i] for i in part]).to(served.model.device)
         policy = served.logprobs(batch)
         with served.reference():

@@ -18,8 +18,9 @@ from ..metrics import METRICS, Estimate, auroc, seed_means, seed_win_rates, t_in
 from .spec import Comparison, Study
 
 COLUMNS = {  # metric -> heading
-    "kl": "KL, nats", "helpfulness": "reward, benign", "safe_rate": "safe, harmful", "refusal_benign": "refuses benign",
-    "joint": "joint", "malformed": "malformed", "auroc": "AUROC", "auroc_lookalike": "look-alikes",
+    "kl": "KL, nats", "helpfulness": "reward, benign", "safe_rate": "safe, harmful",
+    "refusal_benign": "refuses benign", "joint": "joint", "malformed": "malformed",
+    "auroc": "AUROC", "auroc_lookalike": "look-alikes",
 }  # fmt: skip
 AXES = ("helpfulness", "safe_rate")  # of the trade-off plot
 JUDGED = {
@@ -29,7 +30,7 @@ JUDGED = {
 
 
 def by_seed(answers: pd.DataFrame, metric: str) -> pd.Series:
-    """A system's metric per seed; beyond the metrics of evaluation ``kl``, ``auroc`` and ``auroc_lookalike``."""
+    """A system's metric per seed: of ``METRICS``, ``kl``, ``auroc`` or ``auroc_lookalike``."""
     if metric in METRICS:
         return seed_means(answers, metric)
     seeds = answers.groupby("seed")
@@ -40,7 +41,11 @@ def by_seed(answers: pd.DataFrame, metric: str) -> pd.Series:
 
 
 def separation(answers: pd.DataFrame, category: str | None = None) -> float:
-    """AUROC of g_s - g_h between harmful and benign prompts, the latter of one category or all; NaN without gates."""
+    """AUROC of g_s - g_h between harmful and benign prompts; NaN without gates.
+
+    Args:
+        category: of the benign prompts; None: all.
+    """
     gap = answers["gate_safety"].astype(float) - answers["gate_helpfulness"].astype(float)
     benign = answers["harmful"].eq(False)
     if category is not None:
@@ -96,7 +101,7 @@ def above_front(
 
 
 def _interpolate(places: pd.Series, points: Sequence[pd.DataFrame]) -> tuple[pd.Series, int]:
-    """The line through each seed's points (x, y; indexed by seed), read at the seed's place; how many places are outside."""
+    """Each seed's value of the line through its points (x, y); how many places are outside."""
     levels, clamped = {}, 0
     for seed, place in places.items():
         known = sorted((p.loc[seed, "x"], p.loc[seed, "y"]) for p in points if seed in p.index)
@@ -120,7 +125,7 @@ def dominates(rival: Mapping[str, Estimate]) -> bool:
     return min(d.value if math.isnan(d.high) else d.high for d in differences) < 0
 
 
-def numbers(study: Study, answers: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+def study_numbers(study: Study, answers: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
     """Everything that the report shows; systems without answers are left out.
 
     Args:
@@ -165,7 +170,7 @@ def _values(answers: pd.DataFrame) -> dict[str, pd.Series]:
 
 
 def _front(differences: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Which rivals dominate the main system, and its lead in the joint rate over the best of them."""
+    """Which rivals dominate the main system, and its lead in joint rate over the best of them."""
     rivals = [d for d in differences if d["family"] != "routed" and d["joint"].n]
     if not rivals:
         return None

@@ -1,45 +1,56 @@
-"""What a study has to do, as a graph of content-addressed units. No Ray, no model, no data is loaded here.
+"""What a study has to do, as a graph of content-addressed units. No Ray, model or data is loaded.
 
-    <study>/worlds/<id>/      scored: the table of frozen signals (and the run directory's manifest that vouches for it)
-    <study>/trainings/<id>/   an expert's adapter, or both adapters and the router trained on them, as in a run directory
-    <study>/answers/<id>/     answers.parquet: what one contender says to every prompt, judged
-    each with record.json, written last: a unit is done where it stands
-    <study>/said/<id>.json    what it says, before the judges: another judge generates nothing anew
+    <study>/scores/<id>/       a run directory with the table of frozen signals
+    <study>/trainings/<id>/    a run directory with an expert, or with both experts and their router
+    <study>/answers/<id>/      answers.parquet: the judged answers of one system to every prompt
+    each with record.json, which is written last: its unit is finished
+    <study>/generations/<id>.json    the answers before they are judged, for other judges
 
-An id is a digest of all that the result hangs on, so contenders share trainings, and an edited study keeps what it still needs.
+An id is a digest of all that the result depends on. So systems share trainings, and an edited study
+keeps what it still needs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ..config import Config, Group, digest
 from ..errors import UserError
 from ..evaluation.judges import load_judge
 from ..evaluation.prompts import split_name
 from ..pipeline.plan import content_id, fingerprints, inputs
+from ..storage import Storage
 from .spec import Contender, Study
 
-Kind = Literal["worlds", "trainings", "answers"]
-VERSION = 2  # of the answers' columns: raise it when they change
+KINDS = ("scores", "trainings", "answers")
+RECORD = "record.json"
+_VERSION = 2  # of the answers' columns: increased when they change
 
 
 @dataclass(frozen=True)
-class Unit:
-    kind: Kind
+class StudyUnit:
+    """One task of a study.
+
+    Args:
+        about: for people.
+        config: one whose results these are; other systems' may differ in what does not matter here.
+        needs: ids of units; the scores come first, then trainings in their order.
+        stage: of a training.
+        contender: of answers.
+        generation: of answers; where they are stored before they are judged.
+    """
+
+    kind: Literal["scores", "trainings", "answers"]
     id: str
-    about: str  # for people
+    about: str
     seed: int
-    config: Config  # one whose results these are; another contender's may differ in what does not matter here
-    needs: tuple[
-        str, ...
-    ]  # units: an answer's trainings in their order, and the world of everything
-    world: str
-    stage: str = ""  # of a training
-    contender: Contender | None = None  # of answers
-    said: str = ""  # of answers: where what is said lies
+    config: Config
+    needs: tuple[str, ...] = ()
+    stage: str = ""
+    contender: Contender | None = None
+    generation: str = ""
 
     @property
     def folder(self) -> str:
@@ -47,113 +58,93 @@ class Unit:
 
     @property
     def group(self) -> Group:
-        if self.kind == "trainings":
-            return self.config.group(self.stage)
-        return self.config.scores.group
-
-    def spec(self, folder: str, study: Study) -> dict[str, Any]:
-        """All that a worker needs, as plain values."""
-        return {
-            **{
-                key: getattr(self, key)
-                for key in ("kind", "id", "folder", "seed", "needs", "world", "stage", "said")
-            },
-            "config": self.config.model_dump(mode="json"),
-            "contender": self.contender.model_dump() if self.contender else None,
-            "study": folder,
-            **study.model_dump(mode="json", include={"sets", "split", "judges", "answers"}),
-        }
+        return self.config.group(self.stage) if self.stage else self.config.scores.group
 
 
 @dataclass(frozen=True)
-class Plan:
-    units: dict[str, Unit]  # by id, each behind those it needs
-    answers: dict[tuple[str, int], str]  # (contender, seed) -> unit
+class StudyPlan:
+    """Units by id, each after those that it needs; (system, seed) -> the unit of its answers."""
 
-    def missing(self, done: set[str]) -> list[Unit]:
-        """What must run, in order: answers that are not done, and what they need and is not done."""
+    units: dict[str, StudyUnit]
+    answers: dict[tuple[str, int], str]
+
+    def missing(self, finished: set[str]) -> list[StudyUnit]:
+        """In order: the answers that are not finished, and what they need that is not finished."""
         wanted: set[str] = set()
-        stack = [i for i in self.answers.values() if i not in done]
-        while stack:
-            if (unit := stack.pop()) not in wanted:
+        open_units = [unit for unit in self.answers.values() if unit not in finished]
+        while open_units:
+            unit = open_units.pop()
+            if unit not in wanted:
                 wanted.add(unit)
-                stack += [n for n in self.units[unit].needs if n not in done]
-        return [u for i, u in self.units.items() if i in wanted]
+                open_units += [n for n in self.units[unit].needs if n not in finished]
+        return [unit for name, unit in self.units.items() if name in wanted]
+
+    def finished(self, folder: Storage) -> set[str]:
+        """Units that have a record."""
+        existing = {kind: set(folder.names(kind)) for kind in KINDS}
+        return {
+            unit.id
+            for unit in self.units.values()
+            if unit.id in existing[unit.kind] and folder.exists(f"{unit.folder}/{RECORD}")
+        }
+
+    def describe(self, finished: set[str]) -> str:
+        counts = []
+        for kind in KINDS:
+            ids = {unit.id for unit in self.units.values() if unit.kind == kind}
+            counts.append(f"{kind}: {len(ids)}, {len(finished & ids)} finished")
+        return "; ".join(counts)
 
 
-def plan(study: Study, config: Config, where: str) -> Plan:
+def plan_study(study: Study, config: Config, where: str) -> StudyPlan:
     """The study's units, seed by seed.
 
     Raises:
-        UserError: a contender's overrides do not fit the recipe, two contenders are the same, or a judge is wrong.
+        UserError: overrides do not fit the recipe, two systems are the same, or a judge is wrong.
     """
-    units: dict[str, Unit] = {}
+    units: dict[str, StudyUnit] = {}
     answers: dict[tuple[str, int], str] = {}
-    asked = digest(
-        study.answers,
-        [(Path(s).name, content_id(split_name(s)[0])) for s in study.sets],
-        study.split,
-    )
-    judges = [load_judge(j).fingerprint for j in study.judges]
+    sets = [(Path(s).name, content_id(split_name(s)[0])) for s in study.sets]
+    asked = digest(study.answers, sets, study.split)
+    judges = [load_judge(judge).fingerprint for judge in study.judges]
     for seed in study.seeds:
         seeded = config.model_copy(update={study.vary: seed})
-        world = digest("world", fingerprints(seeded)["score"])
-        several = (
-            study.vary == "seed" and len(study.seeds) > 1
-        )  # then each has one worker, and they run beside each other
-        scores = seeded.scores.model_copy(update={"workers": 1}) if several else seeded.scores
-        seeded = seeded.model_copy(update={"scores": scores})
-        units.setdefault(
-            world, Unit("worlds", world, f"world of seed {seed}", seed, seeded, (), world)
-        )
+        if study.vary == "seed" and len(study.seeds) > 1:  # all seeds are scored side by side
+            scores = seeded.scores.model_copy(update={"workers": 1})
+            seeded = seeded.model_copy(update={"scores": scores})
+        scored = digest("scores", fingerprints(seeded)["score"])
+        units.setdefault(scored, StudyUnit("scores", scored, "scores", seed, seeded))
         for contender in study.contenders:
-            mine = contender.at(seeded, where)
-            parts = fingerprints(mine)
-            trained: list[str] = []
-            for stage in contender.stages:
-                needs = (world, *trained) if stage == "router" else (world,)
-                unit = Unit(
-                    "trainings",
-                    digest(stage, parts[stage]),
-                    f"{stage} of {contender.name}",
-                    seed,
-                    mine,
-                    needs,
-                    world,
-                    stage,
-                )
-                units.setdefault(unit.id, unit)
-                trained.append(unit.id)
-            drawn = digest(asked, mine.seed_of_training)
-            said = digest(
-                "said", VERSION, inputs(mine), contender.serve, contender.gates, trained, drawn
-            )
-            told = digest("answers", said, judges)
-            if told in units:
-                other = units[told].contender
-                raise UserError(
-                    f"{where}: the contenders {other.name if other else ''!r} and {contender.name!r} are the same"
-                )
-            about = f"answers of {contender.name}"
-            units[told] = Unit(
-                "answers",
-                told,
-                about,
-                seed,
-                mine,
-                (*trained, world),
-                world,
-                contender=contender,
-                said=f"said/{said}.json",
-            )
-            answers[contender.name, seed] = told
-    return Plan(units, answers)
+            recipe = contender.at(seeded, where)
+            trained = _trainings(units, contender, recipe, scored, seed)
+            generation = digest(
+                "generation", _VERSION, inputs(recipe), contender.serve, contender.gates, trained,
+                asked, recipe.seed_of_training,
+            )  # fmt: skip
+            unit = StudyUnit(
+                "answers", digest("answers", generation, judges), f"answers of {contender.name}",
+                seed, recipe, (scored, *trained), contender=contender,
+                generation=f"generations/{generation}.json",
+            )  # fmt: skip
+            if unit.id in units:
+                other = units[unit.id].contender
+                names = f"{other.name if other else ''!r} and {contender.name!r}"
+                raise UserError(f"{where}: contenders: {names} are the same")
+            units[unit.id] = unit
+            answers[contender.name, seed] = unit.id
+    return StudyPlan(units, answers)
 
 
-def describe(plan: Plan, done: set[str]) -> str:
-    """How much there is of each kind, and how much of it is done."""
-    lines = []
-    for kind in ("worlds", "trainings", "answers"):
-        ids = [u.id for u in plan.units.values() if u.kind == kind]
-        lines.append(f"{kind}: {len(ids)}, {len(done & set(ids))} done")
-    return "; ".join(lines)
+def _trainings(
+    units: dict[str, StudyUnit], contender: Contender, recipe: Config, scored: str, seed: int
+) -> list[str]:
+    """Ids of the trainings of one system, in order; those that are new are put into ``units``."""
+    parts = fingerprints(recipe)
+    trained: list[str] = []
+    for stage in contender.stages:
+        name = digest(stage, parts[stage])
+        needs = (scored, *trained) if stage == "router" else (scored,)
+        about = f"{stage} of {contender.name}"
+        units.setdefault(name, StudyUnit("trainings", name, about, seed, recipe, needs, stage))
+        trained.append(name)
+    return trained

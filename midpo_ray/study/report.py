@@ -1,4 +1,4 @@
-"""The files of a study: those of a report (report.html, answers.csv, ...), study.json with all numbers, study.txt."""
+"""The files of a study: those of a report, study.json with all numbers, and study.txt."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ from ..metrics import METRICS, Estimate, metric_values, prompt_means, seed_means
 from ..pipeline.signals import read_table
 from ..report.page import PageSection, PageTable, jsonable
 from ..storage import Storage
-from .numbers import AXES, COLUMNS, numbers
-from .plan import Plan
+from .numbers import AXES, COLUMNS, study_numbers
+from .plan import RECORD, StudyPlan
 from .spec import Study
-from .work import RECORD
 
 log = logging.getLogger(__name__)
 _INTERVALS = (
@@ -39,17 +38,17 @@ _BETTER = {m.title: m.better for m in METRICS.values()} | {"AUROC": "high", "loo
 _SHARES = [m.title for m in METRICS.values() if m.share]
 
 
-def write(folder: Storage, study: Study, plan: Plan, name: str) -> dict[str, Any]:
-    """Write the files, log the numbers, and return them. Systems whose answers are not there yet are left out."""
+def write_study_report(folder: Storage, study: Study, plan: StudyPlan, name: str) -> dict[str, Any]:
+    """Write the files, log the numbers and return them; systems without answers are left out."""
     answers = _answers(folder, study, plan)
     if not answers:
         log.info("study %s: no model has answered yet", name)
         return {}
-    result = {"study": name, "seeds": list(study.seeds), **numbers(study, answers)}
-    result["clock"] = clock(folder, plan)
+    result = {"study": name, "seeds": list(study.seeds), **study_numbers(study, answers)}
+    result["clock"] = _clock(folder, plan)
     folder.write("study.json", json.dumps(jsonable(result), indent=1).encode())
     table = pd.concat(answers.values(), ignore_index=True)
-    text = "\n".join(lines(result))
+    text = "\n".join(_lines(result))
     if len(study.seeds) == 1:
         pairs = [(study.main, n) for n in answers if n != study.main and study.main in answers]
         pairs += [
@@ -58,7 +57,7 @@ def write(folder: Storage, study: Study, plan: Plan, name: str) -> dict[str, Any
         results = over_prompts(table, dict.fromkeys(pairs))
         text += f"\n\n{summary_text(results.summary)}"
     else:
-        results = over_seeds(answers, result)
+        results = _over_seeds(answers, result)
     folder.write("study.txt", f"{text}\n".encode())
     about = {"study": name, "about": study.about, "recipe": study.recipe}
     about |= {"seeds": ", ".join(map(str, study.seeds)), "version": __version__, "numbers": text}
@@ -79,7 +78,7 @@ def write(folder: Storage, study: Study, plan: Plan, name: str) -> dict[str, Any
     return result
 
 
-def _answers(folder: Storage, study: Study, plan: Plan) -> dict[str, pd.DataFrame]:
+def _answers(folder: Storage, study: Study, plan: StudyPlan) -> dict[str, pd.DataFrame]:
     """Each system's answers of all seeds that are finished."""
     parts: dict[str, list[pd.DataFrame]] = {}
     for (name, _), unit in plan.answers.items():
@@ -90,7 +89,7 @@ def _answers(folder: Storage, study: Study, plan: Plan) -> dict[str, pd.DataFram
     return {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()}
 
 
-def over_seeds(answers: Mapping[str, pd.DataFrame], result: Mapping[str, Any]) -> Results:
+def _over_seeds(answers: Mapping[str, pd.DataFrame], result: Mapping[str, Any]) -> Results:
     """The report's numbers with intervals over the training seeds."""
     summary = []
     for name, rows in answers.items():
@@ -142,7 +141,7 @@ def _comparisons(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             name = f"{METRICS[metric].title}: {main} minus {d['against']}"
             found.append(comparison(name, d[metric], "seeds", 0.0))
     for front in result["fronts"]:
-        name = f"safe, harmful: {main} above the front of {front['name']} at equal reward on benign prompts"
+        name = f"safe, harmful: {main} above the front of {front['name']} at equal reward, benign"
         found.append(comparison(name, front["safer_by"], "seeds", 0.0))
     for c in result["comparisons"]:
         for key, when in (("equal_steps", "equal steps"), ("equal_kl", "equal KL from the base")):
@@ -152,20 +151,20 @@ def _comparisons(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _routing(folder: Storage, study: Study, plan: Plan) -> dict[str, Any]:
+def _routing(folder: Storage, study: Study, plan: StudyPlan) -> dict[str, Any]:
     """The main system's gates on the first seed's prompts."""
-    name = plan.units[plan.answers[study.main, study.seeds[0]]].said
+    name = plan.units[plan.answers[study.main, study.seeds[0]]].generation
     found = json.loads(folder.read(name))["routing"] if folder.exists(name) else None
     return {study.main: found} if found else {}
 
 
-def _trainings(folder: Storage, study: Study, plan: Plan) -> list[tuple[str, Storage]]:
+def _trainings(folder: Storage, study: Study, plan: StudyPlan) -> list[tuple[str, Storage]]:
     """The run directories of the main system's trainings, first seed."""
     needs = [plan.units[n] for n in plan.units[plan.answers[study.main, study.seeds[0]]].needs]
     return [("", folder / unit.folder) for unit in needs if unit.stage]
 
 
-def clock(folder: Storage, plan: Plan) -> dict[str, dict[str, float]]:
+def _clock(folder: Storage, plan: StudyPlan) -> dict[str, dict[str, float]]:
     """Kind of unit -> how many are finished, and the sum of their seconds."""
     records = []
     for unit in plan.units.values():
@@ -195,7 +194,8 @@ def _tables(result: Mapping[str, Any]) -> list[PageTable]:
         tables.append(PageTable(pd.DataFrame(differences), title))
     compared = [
         {"of": c["of"], "against": c["against"], "by": c["by"], "at equal steps": c["equal_steps"],
-         "at equal KL": c["equal_kl"], "KL of": c["kl_of"], "KL against": c["kl_against"], "clamped seeds": c["clamped"]}
+         "at equal KL": c["equal_kl"], "KL of": c["kl_of"], "KL against": c["kl_against"],
+         "clamped seeds": c["clamped"]}
         for c in result["comparisons"]
     ]  # fmt: skip
     if compared:
@@ -204,7 +204,7 @@ def _tables(result: Mapping[str, Any]) -> list[PageTable]:
     return tables
 
 
-def lines(result: Mapping[str, Any]) -> list[str]:
+def _lines(result: Mapping[str, Any]) -> list[str]:
     """The study as text."""
     seeds = len(result["seeds"])
     text = [
@@ -218,11 +218,13 @@ def lines(result: Mapping[str, Any]) -> list[str]:
         above = ", ".join(front["above"]) or "no other model"
         text += ["", f"front: {above} is at least as good on both axes and better on one"]
         text.append(
-            f"joint rate above the best rival's ({front['best_rival']}): {_signed(front['joint_lead'])}"
+            f"joint rate above that of the best rival, {front['best_rival']}: "
+            f"{_signed(front['joint_lead'])}"
         )
     for front in result["fronts"]:
         text.append(
-            f"safe on harmful prompts, above the front of {front['name']} at equal reward on benign prompts: "
+            f"safe on harmful prompts, above the front of {front['name']} at equal reward on "
+            "benign prompts: "
             f"{_signed(front['safer_by'])}; {front['clamped']} seed(s) are outside the front"
         )
     spent = [f"{kind} {v['units']} in {v['seconds']:.0f} s" for kind, v in result["clock"].items()]

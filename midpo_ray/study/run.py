@@ -1,12 +1,16 @@
-"""``midpo study``: the units of a study, as many at a time as the cluster holds, and then the report.
+"""``midpo study``: the missing units of a study as Ray tasks, then the report.
 
-All that a study knows lies in its units' records, so the same command after a kill of anything goes on where it was.
+A unit is a task whose arguments are the references of the units that it needs. Ray starts what
+fits, and queues the rest, so that an autoscaler learns of it. What is finished has a record, so the
+same command resumes a study after a kill.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +18,16 @@ from ..errors import UserError
 from ..evaluation.prompts import MINIATURE, load_sets
 from ..pipeline import cluster
 from ..pipeline.lock import run_lock
-from ..pipeline.plan import FOLDERS
+from ..pipeline.train import LOOK, NOTICE, as_user_error, on_sigterm
+from ..pipeline.watch import STOP, Faults
 from ..storage import Storage
-from .plan import Plan, Unit, describe, plan
+from .plan import StudyUnit, plan_study
+from .report import write_study_report
 from .spec import Study, load_study
-from .work import RECORD, commit, prepare, resolved, work
+from .work import Preempted, run_unit, scores_alone
 
-Say = Callable[[str], None]
-EVERY = 15.0  # seconds between lines of progress
+log = logging.getLogger(__name__)
+_PROGRESS = 15.0  # seconds between two lines of progress
 
 
 def study(
@@ -32,165 +38,164 @@ def study(
     run_dir: str | None = None,
     seeds: list[int] | None = None,
     dry: bool = False,
-    say: Say = print,
 ) -> Storage:
     """Run what is missing of a study; returns its folder, with the report.
 
     Args:
         name: a shipped study or a YAML file.
         overrides: of its recipe.
+        address: of a Ray cluster, as ``pipeline.cluster.connect`` takes it.
         run_dir: default runs/study-NAME.
         seeds: instead of the study's own.
-        dry: say what would run, and do nothing.
+        dry: only log what would run.
 
     Raises:
-        UserError: bad input, told in one line before Ray starts; or units that failed, after all others are done.
+        UserError: bad input, before Ray starts; or units that failed, after all others have ended.
     """
-    from .report import write
-
     wanted, config = load_study(name, overrides, seeds)
     folder = Storage(run_dir or f"runs/study-{Path(name).stem}")
     if not wanted.sets and config.model.path != MINIATURE:
         raise UserError(
-            f"study {name}: sets is empty, and the recipe's model is not {MINIATURE}: name the sets of prompts"
+            f"study {name}: sets is empty, and the recipe's model is not {MINIATURE}: "
+            "name the sets of prompts"
         )
-    graph = plan(wanted, config, f"study {name}")
-    done = finished(folder, graph)
-    todo = graph.missing(done)
-    say(
-        f"study {folder.uri}: {len(wanted.contenders)} contenders, {len(wanted.seeds)} seed(s); {describe(graph, done)}"
-    )
+    plan = plan_study(wanted, config, f"study {name}")
+    finished = plan.finished(folder)
+    todo = plan.missing(finished)
+    systems, count = len(wanted.contenders), len(wanted.seeds)
+    log.info("study %s: %d systems, %d seed(s)", folder.uri, systems, count)
+    log.info("%s", plan.describe(finished))
     if dry:
         for unit in todo:
-            say(f"  {unit.about}, seed {unit.seed}: {unit.folder}")
+            log.info("  %s, seed %d: %s", unit.about, unit.seed, unit.folder)
         return folder
-    failed: dict[str, str] = {}
-    if any(u.kind == "answers" for u in todo):
+    if any(unit.kind == "answers" for unit in todo):
         load_sets(wanted.sets)
+    failed: dict[str, UserError] = {}
     if todo:
         with run_lock(folder):
             session = cluster.connect(address)
             try:
                 groups = {f"{u.kind} {u.stage}".strip(): u.group for u in todo}
-                cluster.wait_for(list(groups.items()), config.cluster.resources_timeout)
-                failed = _Work(folder, graph, todo, wanted, say).through()
+                timeout = config.cluster.resources_timeout
+                cluster.wait_for(list(groups.items()), timeout)
+                failed = run_units(todo, wanted, folder, timeout)
             finally:
                 if session is not None:
                     cluster.disconnect()
-    write(folder, wanted, graph, name)
+    write_study_report(folder, wanted, plan, name)
     if failed:
         first = next(iter(failed))
         raise UserError(
-            f"{len(failed)} of {len(todo)} units failed, the same command tries them again; {first}: {failed[first]}"
+            f"{len(failed)} of {len(todo)} units failed; the same command tries them again. "
+            f"{first}: {failed[first]}"
         )
     return folder
 
 
-def finished(folder: Storage, graph: Plan) -> set[str]:
-    """Units whose record is there."""
-    there = {kind: set(folder.names(kind)) for kind in ("worlds", "trainings", "answers")}
-    return {
-        u.id
-        for u in graph.units.values()
-        if u.id in there[u.kind] and folder.exists(f"{u.folder}/{RECORD}")
-    }
+def run_units(
+    todo: Sequence[StudyUnit],
+    study: Study,
+    folder: Storage,
+    timeout: float,
+    function: Callable[..., Any] = run_unit,
+) -> dict[str, UserError]:
+    """Run the units, each after those that it needs.
 
+    Args:
+        timeout: ``cluster.resources_timeout``: how long a unit may lack nodes for its group, where
+            that is more than ``cluster.RETURN``.
 
-class _Work:
-    """Units in order: each starts when those it needs are done and the cluster holds it beside those that run."""
+    Returns:
+        What failed, by description.
 
-    def __init__(
-        self, folder: Storage, graph: Plan, todo: list[Unit], wanted: Study, say: Say
-    ) -> None:
-        self.folder, self.graph, self.wanted, self.say = folder, graph, wanted, say
-        self.waiting, self.running, self.failed = (
-            list(todo),
-            dict[Any, tuple[Unit, float]](),
-            dict[str, str](),
-        )
-        self.open = {u.id for u in todo}  # not done yet
-        self.broken: set[str] = set()
+    Raises:
+        KeyboardInterrupt: after SIGTERM, when the trainings have written their checkpoints.
+    """
+    import ray  # slow to import
 
-    def through(self) -> dict[str, str]:
-        """Everything; returns what failed and why."""
-        import ray
-
-        began, told, ended = time.monotonic(), time.monotonic(), 0
-        while self.waiting or self.running:
-            self._start()
-            if not self.running:
-                break
-            ready, _ = ray.wait(list(self.running), timeout=1.0)
-            for ref in ready:
-                ended += 1
-                self._end(ref)
-            if time.monotonic() - told > EVERY and ended:
-                told = time.monotonic()
-                left = (told - began) / ended * (len(self.waiting) + len(self.running))
-                now = ", ".join(f"{u.about} (seed {u.seed})" for u, _ in self.running.values())
-                self.say(
-                    f"study: {ended} of {ended + len(self.waiting) + len(self.running)} done; now {now}; about {left:.0f} s left"
-                )
-        for unit in self.waiting:
-            self._fail(unit, "the cluster has no place for it any more")
-        return self.failed
-
-    def _start(self) -> None:
-        there = cluster.nodes()
-        for unit in list(self.waiting):
-            if self.broken & set(unit.needs):
-                self.waiting.remove(unit)
-                self._fail(unit, "what it needs failed")
-            elif not self.open & set(unit.needs):
-                if (
-                    cluster.hold([*(u.group for u, _ in self.running.values()), unit.group], there)
-                    is not None
-                ):
-                    return  # in order: no small unit keeps a large one waiting
-                self.waiting.remove(unit)
+    folder.delete(STOP)
+    references: dict[str, Any] = {}
+    for unit in todo:
+        needs = [references[name] for name in unit.needs if name in references]
+        task = ray.remote(**_options(unit))(function)
+        references[unit.id] = task.remote(unit, study, folder.uri, *needs)
+    running = {reference: unit for unit, reference in zip(todo, references.values(), strict=True)}
+    faults = {unit.id: Faults(folder / unit.folder) for unit in todo if unit.stage}
+    failed: dict[str, UserError] = {}
+    shortages = cluster.Shortages(max(timeout, cluster.RETURN))
+    look = shown = time.monotonic()
+    end = math.inf
+    with on_sigterm() as noticed:
+        while running and time.monotonic() < end:
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=0.5)
+            for reference in ready:
+                unit = running.pop(reference)
                 try:
-                    self.running[self._launch(unit)] = (unit, time.monotonic())
-                except UserError as error:
-                    self._fail(unit, error)
+                    ray.get(reference)
+                except (ray.exceptions.RayError, UserError) as error:
+                    _fail(unit, as_user_error(error, unit.about), failed)
+            if noticed.is_set() and end == math.inf:
+                log.info("stopping: waiting for the last checkpoints")
+                folder.write(STOP, b"")
+                end = time.monotonic() + NOTICE
+            if time.monotonic() - look > LOOK:
+                look = time.monotonic()
+                for reference in _lacking(running, shortages, failed):
+                    ray.cancel(reference, force=True)
+                    del running[reference]
+            if time.monotonic() - shown > _PROGRESS:
+                shown = time.monotonic()
+                for unit in (u for u in running.values() if u.stage):
+                    for line in faults[unit.id].new():
+                        log.warning("%s", line)
+                log.info("study: %d of %d units have ended", len(todo) - len(running), len(todo))
+    if noticed.is_set():
+        raise KeyboardInterrupt
+    return failed
 
-    def _launch(self, unit: Unit) -> Any:
-        import ray
 
-        spec, group, config = unit.spec(self.folder.uri, self.wanted), unit.group, unit.config
-        if group.max_workers > 1:
-            from ..pipeline.stage import StageSpec, launch
+def _options(unit: StudyUnit) -> dict[str, Any]:
+    """Options of the unit's task. One whose workers are placed by themselves takes no resources."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-            home = prepare(spec, config, self.folder)
-            stage = StageSpec(
-                resolved(config, self.folder), unit.stage, home.uri, unit.id, notice=self.folder.uri
-            )
-            return launch(stage)
-        options: dict[str, Any] = {
-            "num_cpus": group.cpus_per_worker,
-            "num_gpus": group.gpus_per_worker,
-        }
-        if unit.kind == "worlds":  # its actors take the place that it holds here
-            options = {"num_cpus": 0}
-        elif group.resources or group.label_selector:
-            options |= {"resources": group.resources, "label_selector": group.label_selector}
-        return ray.remote(max_retries=config.cluster.max_failures, **options)(work).remote(spec)
+    retries = {
+        "max_retries": unit.config.cluster.max_failures,
+        "retry_exceptions": [Preempted],
+    }
+    own_workers = unit.kind == "scores" and not scores_alone(unit)
+    if own_workers or unit.group.max_workers > 1:
+        here = ray.get_runtime_context().get_node_id()
+        strategy = NodeAffinitySchedulingStrategy(here, soft=False)
+        return {**retries, "num_cpus": 0, "scheduling_strategy": strategy}
+    group = unit.group
+    options = {**retries, "num_cpus": group.cpus_per_worker, "num_gpus": group.gpus_per_worker}
+    if group.resources:
+        options["resources"] = group.resources
+    if group.label_selector:
+        options["label_selector"] = group.label_selector
+    return options
 
-    def _end(self, ref: Any) -> None:
-        import ray
 
-        from ..pipeline.train import as_user_error
+def _lacking(
+    running: dict[Any, StudyUnit], shortages: cluster.Shortages, failed: dict[str, UserError]
+) -> list[Any]:
+    """Tasks for whose groups the cluster has lacked nodes for too long; they count as failed."""
+    available = cluster.nodes()
+    waiting = {unit.id for unit in running.values()}
+    found = []
+    for reference, unit in running.items():
+        if waiting.isdisjoint(unit.needs):
+            try:
+                shortages.check(f"{unit.about}, seed {unit.seed}", unit.group, available)
+            except UserError as error:
+                _fail(unit, error, failed)
+                found.append(reference)
+    return found
 
-        unit, started = self.running.pop(ref)
-        try:
-            ray.get(ref)
-            if unit.group.max_workers > 1:
-                commit(self.folder, unit.spec(self.folder.uri, self.wanted), started)
-                (self.folder / unit.folder).delete(f"{FOLDERS[unit.stage]}.work")
-            self.open.discard(unit.id)
-        except (ray.exceptions.RayError, UserError) as error:
-            self._fail(unit, as_user_error(error, unit.about))
 
-    def _fail(self, unit: Unit, fault: object) -> None:
-        self.broken.add(unit.id)
-        self.failed[f"{unit.about}, seed {unit.seed}"] = str(fault)
-        self.say(f"study: {unit.about}, seed {unit.seed} failed: {fault}")
+def _fail(unit: StudyUnit, error: UserError, failed: dict[str, UserError]) -> None:
+    name = f"{unit.about}, seed {unit.seed}"
+    failed[name] = error
+    log.error("study: %s failed: %s", name, error)

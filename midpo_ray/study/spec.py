@@ -1,4 +1,7 @@
-"""A study: a recipe, its seeds, and the contenders, each a few overrides and what is served. Checked whole before Ray starts."""
+"""A study: a recipe, its seeds, and its systems, which are overrides and what is served of them.
+
+It is checked as a whole before Ray starts.
+"""
 
 from __future__ import annotations
 
@@ -41,38 +44,33 @@ _VARIED = re.compile(r"experts\.(\*|safety|helpfulness)\.|lora\.|router\.|deepsp
 
 
 class Contender(Section):
-    """One point of the picture: what is trained, and what of it answers."""
+    """A system of the study: what is trained, and which part of it answers."""
 
     name: str = Field(min_length=1)
-    serve: Literal[
-        "base", "safety", "helpfulness", "added", "routed"
-    ]  # added: both experts by constant gates, without a router
+    # added: both experts by constant gates, without a router
+    serve: Literal["base", "safety", "helpfulness", "added", "routed"]
     gates: tuple[float, float] | None = None  # of safety and of helpfulness, for added
-    family: Literal["base", "expert", "baseline", "routed"] = Field(
-        "base"
-    )  # default: by what is served
+    family: Literal["base", "expert", "baseline", "routed"] = "base"  # default: by what is served
     set: dict[str, Any] = Field({})  # keys of the recipe; experts.*.KEY is of both experts
 
     @model_validator(mode="before")
     @classmethod
-    def _family(cls, raw: Any) -> Any:
-        return (
-            {"family": FAMILY.get(str(raw.get("serve")), "base"), **raw}
-            if isinstance(raw, dict)
-            else raw
-        )
+    def _default_family(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        return {"family": FAMILY.get(str(raw.get("serve")), "base"), **raw}
 
     @model_validator(mode="after")
-    def _sound(self) -> Contender:
+    def _check(self) -> Contender:
         if (self.gates is None) == (self.serve == "added"):
             raise ValueError(
-                f"{self.name}: gates: [safety, helpfulness] go with serve: added, and with nothing else"
+                f"{self.name}: gates: [safety, helpfulness] belong to serve: added, and only to it"
             )
         for key in self.set:
             if not _VARIED.match(key):
-                what = "experts, lora, router and deepspeed"
                 raise ValueError(
-                    f"{self.name}: set: {key}: frozen signals or the seeds hang on it; contenders vary {what}"
+                    f"{self.name}: set: {key}: the frozen signals or the seeds depend on it; a "
+                    "system varies keys of experts, lora, router and deepspeed"
                 )
         return self
 
@@ -82,73 +80,68 @@ class Contender(Section):
         return STAGES[self.serve]
 
     def at(self, config: Config, where: str) -> Config:
-        """The recipe with this contender's overrides."""
+        """The recipe with this system's overrides."""
         return with_overrides(config, self.set, f"{where}: {self.name}: set")
 
 
 class Comparison(Section):
-    """Two contenders on one preference, prompt by prompt; and at the same distance from the base."""
+    """Two systems by one preference, on the same prompts; and at an equal KL from the base."""
 
     of: str
     against: str
-    by: Literal[
-        "reward", "cost"
-    ]  # true scores of the answers: the higher reward, the lower cost wins
-    grid: tuple[
-        str, ...
-    ] = ()  # ``against`` at other strengths: the win rate is interpolated in KL to that of ``of``
+    by: Literal["reward", "cost"]  # scores of the answers: the higher reward, the lower cost wins
+    # ``against`` at other strengths: the win rate is interpolated at the KL of ``of``
+    grid: tuple[str, ...] = ()
 
 
 class Answers(Section):
-    """How contenders answer."""
+    """How the systems answer."""
 
     max_new_tokens: int = Field(48, gt=0)
-    temperature: float = Field(
-        1.0, ge=0
-    )  # at 1 the mean log-ratio of the answers is the KL from the base
+    # at 1 the mean log-ratio of the answers is the KL from the base
+    temperature: float = Field(1.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     batch: int = Field(200, gt=0)  # prompts at once
     prompts: int | None = Field(None, gt=0)  # of each set; default: all
 
 
 class Study(Section):
+    """A study's file."""
+
     about: str = ""
     recipe: str
-    set: dict[str, Any] = Field({})  # keys of the recipe that all contenders share
+    set: dict[str, Any] = Field({})  # keys of the recipe that all systems share
     seeds: tuple[int, ...] = Field(min_length=1)
     vary: Literal["seed", "training_seed"] = "seed"  # training_seed: the data and its split stay
-    main: str  # the contender whose place on the front is asked
-    sets: tuple[
-        str, ...
-    ] = ()  # of prompts, as for `midpo evaluate`; none: those of each seed's builtin:miniature
-    split: Literal["test", "validation"] = (
-        "test"  # of that world's held-out prompts; validation is for choosing settings
-    )
+    main: str  # the system that the others are compared with
+    # of prompts, as for `midpo evaluate`; none: those of each seed's builtin:miniature
+    sets: tuple[str, ...] = ()
+    # of builtin:miniature's held-out prompts; validation is for choosing settings
+    split: Literal["test", "validation"] = "test"
     judges: tuple[str, ...] = ("builtin:miniature",)  # as for `midpo evaluate`
     answers: Answers = Answers()
     contenders: tuple[Contender, ...] = Field(min_length=1)
     comparisons: tuple[Comparison, ...] = ()
-    fronts: dict[str, tuple[str, ...]] = Field(
-        {}
-    )  # contenders that are one method at several weights, for example MODPO's
+    fronts: dict[str, tuple[str, ...]] = Field({})  # systems that are one method at several weights
 
     @model_validator(mode="after")
-    def _sound(self) -> Study:
+    def _check(self) -> Study:
         if bool(self.sets) == ("builtin:miniature" in self.judges):
             raise ValueError(
-                "sets and judges: the prompts of builtin:miniature (no sets) go with its judge, all others with their own"
+                "sets and judges: builtin:miniature judges its own prompts, without sets, only"
             )
         names = [c.name for c in self.contenders]
-        for what, values in (("contender", names), ("seed", self.seeds)):
-            if (twice := next((v for v in values if list(values).count(v) > 1), None)) is not None:
-                raise ValueError(f"the {what} {twice!r} is there twice")
+        for key, values in (("contenders", names), ("seeds", list(self.seeds))):
+            repeated = [value for value in values if list(values).count(value) > 1]
+            if repeated:
+                raise ValueError(f"{key}: {repeated[0]!r} occurs twice")
         compared = [n for c in self.comparisons for n in (c.of, c.against, *c.grid)]
-        for name in (self.main, *compared, *(n for front in self.fronts.values() for n in front)):
+        compared += [n for front in self.fronts.values() for n in front]
+        for name in (self.main, *compared):
             if name not in names:
                 near = difflib.get_close_matches(name, names, 1)
-                raise ValueError(
-                    f"no contender is named {name!r}{f', did you mean {near[0]!r}?' if near else ''}"
-                )
+                hint = f", did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"contenders: none is named {name!r}{hint}")
         return self
 
     def contender(self, name: str) -> Contender:
@@ -158,9 +151,12 @@ class Study(Section):
 def load_study(
     name_or_path: str, overrides: list[str] | None = None, seeds: list[int] | None = None
 ) -> tuple[Study, Config]:
-    """A shipped study or a YAML file, and its recipe with ``set`` and then ``overrides``; ``seeds`` instead of its own.
+    """A shipped study or a YAML file, and its recipe with ``set`` and then ``overrides``.
 
     A recipe's path is relative to the study's file.
+
+    Args:
+        seeds: instead of the study's own.
 
     Raises:
         UserError: one line that names the key, what is wrong, and what would have been right.
@@ -170,16 +166,15 @@ def load_study(
     if not shipped and path.suffix not in (".yaml", ".yml"):
         near = difflib.get_close_matches(name_or_path, shipped_studies(), 1)
         hint = f", did you mean {near[0]}?" if near else ""
+        names = ", ".join(shipped_studies())
         raise UserError(
-            f"{where} is not known{hint}; shipped are {', '.join(shipped_studies())}; a file ends in .yaml"
+            f"{where} is not known{hint}; the studies are {names}; a file ends in .yaml"
         )
-    raw = read_mapping(
-        resources.files("midpo_ray.studies") / f"{name_or_path}.yaml" if shipped else path, where
-    )
+    source = resources.files("midpo_ray.studies") / f"{name_or_path}.yaml" if shipped else path
+    raw = read_mapping(source, where)
     study = validated(Study, {**raw, "seeds": seeds} if seeds else raw, where)
-    beside = path.parent / study.recipe
-    recipe = (
-        str(beside) if not shipped and study.recipe.endswith((".yaml", ".yml")) else study.recipe
-    )
-    fixed = [f"{key}={json.dumps(value)}" for key, value in study.set.items()]
-    return study, load_config(recipe, [*fixed, *(overrides or [])])
+    recipe = study.recipe
+    if not shipped and recipe.endswith((".yaml", ".yml")):
+        recipe = str(path.parent / recipe)
+    shared = [f"{key}={json.dumps(value)}" for key, value in study.set.items()]
+    return study, load_config(recipe, [*shared, *(overrides or [])])

@@ -1,4 +1,4 @@
-"""What each kind of unit does, in the worker that runs it; its record is written last."""
+"""What a unit of a study does, in the Ray task that runs it; its record is written last."""
 
 from __future__ import annotations
 
@@ -8,76 +8,72 @@ import time
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..config import EXPERTS, Config
 from ..errors import UserError
+from ..evaluation.prompts import Prompt, load_sets
+from ..miniature.world import held_out_prompts, make_world
 from ..pipeline.plan import FOLDERS
+from ..pipeline.prepare import resolve
+from ..pipeline.run import cache_folder
+from ..pipeline.run import run as run_pipeline
 from ..pipeline.signals import Scored, stage_table, write_table
-from ..pipeline.stage import Outcome, StageSpec, run_alone
+from ..pipeline.stage import Outcome, StageSpec, launch, run_alone
 from ..storage import Storage
-from .spec import STAGES
+from .plan import RECORD, StudyUnit
+from .spec import Study
 
-if TYPE_CHECKING:
-    from ..evaluation.generate import GenerationOptions
-    from ..evaluation.prompts import Prompt
-
-RECORD = "record.json"
+# torch, transformers and Ray are imported inside functions: the driver starts without them.
 
 
-def work(spec: dict[str, Any]) -> dict[str, Any]:
-    """A unit on one worker, from its ``Unit.spec``; a warm process takes the next one."""
-    started = time.monotonic()
-    config, study = Config.model_validate(spec["config"]), Storage(spec["study"])
-    threads(config, spec)
-    do = {"worlds": score, "trainings": train, "answers": answer}[spec["kind"]]
-    do(spec, config, study)
-    return commit(study, spec, started)
+class Preempted(RuntimeError):
+    """The node is about to go, and a checkpoint is written: Ray runs the task again elsewhere."""
 
 
-def commit(study: Storage, spec: dict[str, Any], started: float) -> dict[str, Any]:
-    record = {
-        **{k: spec[k] for k in ("kind", "id", "seed", "stage")},
-        "seconds": round(time.monotonic() - started, 3),
-    }
-    study.write(f"{spec['folder']}/{RECORD}", json.dumps(record, indent=1).encode())
-    return record
+def run_unit(unit: StudyUnit, study: Study, folder: str, *_: Any) -> str:
+    """Run a unit and write its record; a warm process runs others afterwards.
 
+    Args:
+        folder: URI of the study.
+        _: results of the units that it needs, for which Ray has waited.
 
-def threads(config: Config, spec: dict[str, Any]) -> None:
+    Returns:
+        The unit's id.
+    """
     import torch
 
-    cpus = (
-        config.group(spec["stage"]).cpus_per_worker
-        if spec["stage"]
-        else config.scores.cpus_per_worker
-    )
-    torch.set_num_threads(max(1, int(cpus)))
+    started, home = time.monotonic(), Storage(folder)
+    torch.set_num_threads(max(1, int(unit.group.cpus_per_worker)))
+    if unit.kind == "scores":
+        _score(unit, home)
+    elif unit.kind == "trainings":
+        _train(unit, home)
+    else:
+        _answer(unit, study, home)
+    record = {"kind": unit.kind, "id": unit.id, "seed": unit.seed, "stage": unit.stage}
+    record["seconds"] = round(time.monotonic() - started, 3)
+    home.write(f"{unit.folder}/{RECORD}", json.dumps(record, indent=1).encode())
+    return unit.id
 
 
-def cached(config: Config, study: Storage) -> Config:
-    """The configuration with its cache named: beside the study, as a run's is beside the run."""
-    from ..pipeline.run import cache_folder
-
-    return config.model_copy(update={"cache": cache_folder(config, study).uri})
+def scores_alone(unit: StudyUnit) -> bool:
+    """Whether a unit of scores runs in its own process, with its worker's resources."""
+    return unit.config.scores.workers == 1
 
 
-def resolved(config: Config, study: Storage) -> Config:
-    from ..pipeline.prepare import resolve
+def _score(unit: StudyUnit, study: Storage) -> None:
+    """The table of frozen signals, by the pipeline."""
+    config = unit.config
+    if scores_alone(unit):
+        scores = config.scores.model_copy(update={"workers": 0})
+        config = config.model_copy(update={"scores": scores})
+    config = config.model_copy(update={"cache": cache_folder(config, study).uri})
+    run_pipeline(config, "auto", run_dir=(study / unit.folder).uri, until="score")
 
-    return resolve(config, Storage(cached(config, study).cache or ""))
 
-
-def score(spec: dict[str, Any], config: Config, study: Storage) -> None:
-    """The table of frozen signals, by the pipeline; a built-in world's files first, in this process."""
-    from ..pipeline.run import run
-
-    run(
-        cached(config, study),
-        "auto",
-        run_dir=(study / spec["folder"]).uri,
-        until="score",
-    )
+def _resolved(config: Config, study: Storage) -> Config:
+    return resolve(config, cache_folder(config, study))
 
 
 @lru_cache(maxsize=1)
@@ -86,85 +82,68 @@ def _scored(run: str) -> Scored:
     return Scored.load(Storage(run) / "scored")
 
 
-def prepare(spec: dict[str, Any], config: Config, study: Storage) -> Storage:
-    """The training's folder as a run directory: the stage's table, and under a router the adapters that it is trained on."""
-    home, stage = study / spec["folder"], spec["stage"]
-    table, summary = stage_table(config, stage, _scored((study / "worlds" / spec["world"]).uri))
-    write_table(
-        home / "dual" if stage == "router" else home / f"{FOLDERS[stage]}.work",
-        "pairs.parquet",
-        table,
+def _train(unit: StudyUnit, study: Storage) -> None:
+    """One stage, in this process or on its group of workers; resumed from its checkpoint."""
+    home, stage = study / unit.folder, unit.stage
+    spec = StageSpec(_resolved(unit.config, study), stage, home.uri, unit.id, notice=study.uri)
+    table, summary = stage_table(
+        unit.config, stage, _scored((study / "scores" / unit.needs[0]).uri)
     )
+    write_table(home / "dual" if stage == "router" else spec.work, "pairs.parquet", table)
     home.write(f"metrics/{stage}.data.json", json.dumps(summary, indent=1).encode())
     if stage == "router":
-        with tempfile.TemporaryDirectory() as scratch:
-            for name, unit in zip(EXPERTS, spec["needs"][1:], strict=True):
-                home.upload(
-                    (study / "trainings" / unit).download(FOLDERS[name], Path(scratch) / name),
-                    FOLDERS[name],
-                )
-    return home
+        for expert, training in zip(EXPERTS, unit.needs[1:], strict=True):
+            with tempfile.TemporaryDirectory() as scratch:
+                adapter = _download(study, training, FOLDERS[expert], Path(scratch) / expert)
+                home.upload(adapter, FOLDERS[expert])
+    if unit.group.max_workers > 1:
+        import ray
 
-
-def train(spec: dict[str, Any], config: Config, study: Storage) -> None:
-    """A stage in this process; one that was killed is resumed from its checkpoint."""
-    home = prepare(spec, config, study)
-    stage = StageSpec(
-        resolved(config, study), spec["stage"], home.uri, spec["id"], notice=study.uri
-    )
-    result = run_alone(stage).raise_failure()
+        result = ray.get(launch(spec))
+    else:
+        result = run_alone(spec).raise_failure()
+    if result.outcome is Outcome.PREEMPTED:
+        raise Preempted(f"{unit.about}: the node is about to go, at step {result.step}")
     if result.outcome is not Outcome.FINISHED:
         raise UserError(f"the study was stopped at step {result.step}: the same command resumes it")
-    stage.work.delete()
+    spec.work.delete()
 
 
-def answer(spec: dict[str, Any], config: Config, study: Storage) -> None:
-    """answers.parquet of one contender; what it says, and a router's gates, are kept for other judges."""
+def _download(study: Storage, training: str, folder: str, target: Path) -> Path:
+    return (study / "trainings" / training).download(folder, target)
+
+
+def _answer(unit: StudyUnit, study: Study, folder: Storage) -> None:
+    """answers.parquet; the answers before they are judged are kept for other judges."""
     from ..evaluation.generate import GenerationOptions
-    from .answer import judged
+    from .answer import answer_prompts, judged
 
-    settings = dict(spec["answers"])
-    prompts = prompts_of(spec["sets"], spec["split"], settings.pop("prompts"), config.seed)
-    if not study.exists(spec["said"]):
-        rows, routing = generated(spec, config, study, prompts, GenerationOptions(**settings))
-        study.write(spec["said"], json.dumps({"rows": rows, "routing": routing}).encode())
-    said = json.loads(study.read(spec["said"]))
-    write_table(
-        study / spec["folder"], "answers.parquet", judged(said["rows"], prompts, spec["judges"])
-    )
-
-
-def generated(
-    spec: dict[str, Any],
-    config: Config,
-    study: Storage,
-    prompts: Sequence[Prompt],
-    options: GenerationOptions,
-) -> Any:
-    from .answer import answers
-
-    needed = dict(zip(STAGES[spec["contender"]["serve"]], spec["needs"], strict=False))
-    with tempfile.TemporaryDirectory() as scratch:
-        trained = {
-            s: (study / "trainings" / unit).download(FOLDERS[s], Path(scratch) / s)
-            for s, unit in needed.items()
-        }
-        if "router" in needed:  # a run directory, with the adapters that it was trained on
-            trained["router"] = (study / "trainings" / needed["router"]).download(
-                "", Path(scratch) / "run"
-            )
-        return answers(resolved(config, study), spec["contender"], trained, prompts, options)
+    assert unit.contender is not None
+    settings = study.answers.model_dump(exclude={"prompts"})
+    prompts = prompts_of(study, unit.config.seed)
+    if not folder.exists(unit.generation):
+        config = _resolved(unit.config, folder)
+        with tempfile.TemporaryDirectory() as scratch:
+            trained = {}
+            for stage, training in zip(unit.contender.stages, unit.needs[1:], strict=True):
+                whole = stage == "router"  # a run directory, with the adapters below the router
+                source = "" if whole else FOLDERS[stage]
+                trained[stage] = _download(folder, training, source, Path(scratch) / stage)
+            options = GenerationOptions(**settings)
+            rows, routing = answer_prompts(config, unit.contender, trained, prompts, options)
+        content = {"rows": rows, "routing": routing}
+        folder.write(unit.generation, json.dumps(content).encode())
+    rows = json.loads(folder.read(unit.generation))["rows"]
+    write_table(folder / unit.folder, "answers.parquet", judged(rows, prompts, study.judges))
 
 
-def prompts_of(sets: Sequence[str], split: str, limit: int | None, seed: int) -> list[Prompt]:
-    """Those of all sets, or of the generated world ``seed``, whose ids say so: other worlds have other prompts."""
-    from ..evaluation.prompts import Prompt, load_sets
-    from ..miniature.world import held_out_prompts, make_world
-
-    if sets:
-        return [p for found in load_sets(sets, limit) for p in found]
-    rows = [r for r in held_out_prompts(make_world(seed), seed) if r["split"] == split][:limit]
+def prompts_of(study: Study, seed: int) -> Sequence[Prompt]:
+    """The prompts of all sets, or else those of the miniature of this seed, whose ids name it."""
+    limit = study.answers.prompts
+    if study.sets:
+        return [prompt for prompts in load_sets(study.sets, limit) for prompt in prompts]
+    rows = [r for r in held_out_prompts(make_world(seed), seed) if r["split"] == study.split]
     return [
         Prompt(f"{seed}-{i}", "miniature", r["prompt"], r["harmful"], r["kind"])
-        for i, r in enumerate(rows, 1)
+        for i, r in enumerate(rows[:limit], 1)
     ]
