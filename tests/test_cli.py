@@ -191,7 +191,7 @@ def test_overrides_stand_anywhere(tmp_path, capsys, loggers) -> None:
     words = ["seed=3", "--run-dir", str(tmp_path / "run"), "router.prior=0.5", "-q", "--dry-run"]
     assert main(["run", "miniature", *words, "lora.r=4"]) == 0
     out = capsys.readouterr().out
-    for line in ("\nseed: 3\n", "  prior: 0.5\n", "  r: 4\n"):
+    for line in ("\nseed: 3\n", "    weight: 0.5\n", "  r: 4\n"):
         assert line in out
     assert loggers.level == logging.WARNING
     assert not (tmp_path / "run").exists()

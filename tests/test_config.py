@@ -44,7 +44,12 @@ def test_paper_recipe_has_the_papers_values() -> None:
     )
     optim = config.experts.safety.optim
     assert (optim.lr, optim.schedule, optim.warmup, optim.epochs) == (1e-5, "cosine", 0.03, 3)
-    assert (config.router.gate, config.router.scope, config.router.prior, config.router.rule) == (
+    assert (
+        config.router.gate,
+        config.router.scope,
+        config.router.prior.weight,
+        config.router.rule,
+    ) == (
         "bottleneck",
         "token",
         1,

@@ -13,7 +13,7 @@ from training_world import expert, rows, table
 from midpo_ray.data.batching import collate
 from midpo_ray.training.schedule import allowed_deviation
 from midpo_ray.training.steps import ExpertStep, RouterStep, StepBatch
-from midpo_ray.training.table import SIGNALS, StageTable
+from midpo_ray.training.table import SIGNALS, RouterTable, StageTable
 
 SIGNALLED = {
     "margin": [0.1 * i for i in range(30)],
@@ -155,9 +155,10 @@ def test_dpo_before_training_is_ln_2():
 
 
 class Routed:
-    """Gates that depend on the token alone: two layers, scope token."""
+    """Gates that depend on the token alone: two layers, decided at every token or per prompt."""
 
-    def __init__(self) -> None:
+    def __init__(self, scope: str = "token") -> None:
+        self.scope = scope
         self.weight = torch.linspace(-1, 1, 2 * 2 * 40).reshape(2, 2, 40).requires_grad_()
         self.batch = None
 
@@ -173,7 +174,11 @@ class Routed:
 
     def gates(self) -> tuple[Tensor, Tensor, Tensor]:
         gates = torch.sigmoid(self.weight)[:, :, self.batch.input_ids]
-        return gates[0], gates[1], self.batch.document_ids >= 0
+        mask = self.batch.document_ids >= 0
+        if self.scope == "token":
+            return gates[0], gates[1], mask
+        decisions = gates.flatten(-2)[:, :, self.batch.anchor_index]
+        return decisions[0], decisions[1], torch.ones(len(self.batch.anchor_index))
 
 
 @pytest.mark.parametrize("layout", ["tree", "packed"])
@@ -207,6 +212,61 @@ def test_the_prior_is_the_mean_over_the_global_batch_s_tokens_however_it_is_spli
         assert sums["helpfulness_gate"] / sums["tokens"] == pytest.approx(
             float(gates[1].mean()), rel=1e-5
         )
+
+
+def cross_entropy(gate: float, wanted: float) -> float:
+    return -wanted * math.log(gate) - (1 - wanted) * math.log(1 - gate)
+
+
+@pytest.mark.parametrize("layout", ["tree", "packed", "padded"])
+@pytest.mark.parametrize("scope", ["token", "last"])
+def test_the_risk_prior_is_a_mean_over_prompts_of_known_risk_however_it_is_split(scope, layout):
+    """The oracle is a loop in float64 over the decisions; a prompt of unknown risk has no term."""
+    risks = [1.0, -1.0, 0.0, 1.0, 0.0]
+    data = RouterTable(table(5).arrow.append_column("risk", pa.array(risks)))
+    rows_ = list(range(5))
+    gates = torch.sigmoid(Routed().weight.detach().double())  # [expert, L, V]
+    terms = []
+    for i in rows_:
+        document = data.documents([i])[0]
+        decided = [document.prefix[-1]]
+        if scope == "token":
+            prompts = 2 if layout == "padded" else 1
+            decided = [*document.prefix * prompts, *document.suffixes[0], *document.suffixes[1]]
+        if risks[i] >= 0:
+            terms += [
+                cross_entropy(float(gates[0, layer, token]), risks[i])
+                + cross_entropy(float(gates[1, layer, token]), 1 - risks[i])
+                for token in decided
+                for layer in range(2)
+            ]
+    expected = sum(terms) / len(terms)
+    assert data.rows_of_known_risk(rows_) == [0, 2, 3, 4]
+    known_tokens = sum(data.lengths(layout)[i] for i in (0, 2, 3, 4))
+    policy = lambda tokens: torch.zeros(tokens.responses)  # noqa: E731
+    for split in ([rows_], [[0], [4, 2], [1], [3]]):
+        model = Routed(scope)
+        step = RouterStep(policy, model, beta=0.1, prior=0.5, kind="risk")
+        total, logged = torch.zeros(()), 0.0
+        for indices in split:
+            batch = batch_of(data, indices, layout)
+            batch.pairs_per_known, batch.pairs_per_known_token = 5 / 4, 5 / known_tokens
+            loss, metrics = step(batch)
+            total = total + (loss - metrics["loss"]) / len(rows_)
+            logged += float(metrics["risk_prior"]) / len(rows_)
+        assert float(total.detach()) == pytest.approx(0.5 * expected, rel=1e-5)
+        assert logged == pytest.approx(expected, rel=1e-5)
+        total.backward()
+        assert bool(model.weight.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("kind", ["paper", "none"])
+def test_without_a_prior_the_loss_is_the_preference_loss_alone(kind):
+    data = RouterTable(table(5).arrow.append_column("risk", pa.array([0.0] * 5)))
+    policy = lambda tokens: torch.zeros(tokens.responses)  # noqa: E731
+    step = RouterStep(policy, Routed(), beta=0.1, prior=0.5, kind=kind)
+    loss, metrics = step(batch_of(data, [0, 1], pairs_per_token=0.1))
+    assert (float(loss.detach()) == float(metrics["loss"])) == (kind == "none")
 
 
 def test_table_comes_back_from_its_bytes_and_splits():

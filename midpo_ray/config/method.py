@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import logging
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from .execution import Group
 from .section import Section
+
+log = logging.getLogger(__name__)
 
 _Share = Annotated[float, Field(ge=0, lt=1)]
 _Count = Annotated[int, Field(gt=0)]
@@ -282,6 +285,24 @@ class Experts(Section):
     helpfulness: Expert = Field(Expert(), description="The helpfulness expert.")
 
 
+class Prior(Section):
+    """What the router's gates are drawn towards, beside the loss of its pairs."""
+
+    kind: Literal["risk", "paper", "none"] = Field(
+        "paper",
+        description="risk: the safety expert for prompts of risk 1, the helpfulness expert for "
+        "prompts of risk 0. A prompt's risk is 1 where any response to it in the data is labelled "
+        "unsafe (or has a cost above 0, where there is no label). paper: the helpfulness expert "
+        "for every prompt, as published.",
+    )
+    weight: float = Field(
+        0.01,
+        ge=0,
+        description="ρ. For risk 0.3 to 1; for paper 0 to 0.1: the published code has 1, which can "
+        "close the safety gates.",
+    )
+
+
 class Router(Section):
     """The gates in every layer that weigh the two frozen experts."""
 
@@ -311,15 +332,22 @@ class Router(Section):
         "cost; pareto_labels, safe_first (the safe response, else the better of two safe ones) "
         "and labels (as published) need none.",
     )
-    prior: float = Field(
-        0.01,
-        ge=0,
-        description="ρ, weight of the pull towards the helpfulness expert alone: 0 to 0.1. The "
-        "published code has 1, which can close the safety gates.",
+    prior: Prior = Field(
+        Prior(),
+        description="What the gates are drawn towards. A number is the weight of the paper's.",
     )
     beta: float = Field(0.1, gt=0, description="As in the experts' objective.")
     optim: Optim = Field(Optim(), description="Optimizer and batches.")
     group: Group = Field(Group(), description="Where the stage's workers run.")
+
+    @field_validator("prior", mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        """A plain number, from before there were kinds, is the weight of the paper's prior."""
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            return value
+        log.info("router.prior: %s is read as {kind: paper, weight: %s}", value, value)
+        return {"kind": "paper", "weight": value}
 
 
 class RewardModel(Section):

@@ -33,7 +33,7 @@ BUILTIN = "builtin:"
 VERSIONS = {
     "data": 1,  # reading and tokenising
     "score": 1,  # also of every cached signal
-    "dual": 1,
+    "dual": 2,
     "expert": 1,
     "router": 1,
     "evaluation": 1,
@@ -91,7 +91,7 @@ def fingerprints(config: Config) -> dict[str, dict[str, str]]:
         "seed of training": str(config.seed_of_training),
     }
     parts["dual"] = {**tokens, "rule": config.router.rule, "version": _version("dual")}
-    if config.router.rule in ("pareto", "ranked"):
+    if config.router.rule in ("pareto", "ranked") or config.router.prior.kind == "risk":
         parts["dual"] |= scorers
     for expert in EXPERTS:
         section = getattr(config.experts, expert)

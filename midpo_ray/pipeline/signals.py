@@ -22,7 +22,7 @@ import torch
 
 from ..config import Config, Objective
 from ..data.schema import Pair
-from ..data.selection import Selected, is_validation, require, select
+from ..data.selection import Selected, is_validation, require, risk_of_prompts, select
 from ..errors import UserError
 from ..objectives import (
     balance_weights,
@@ -144,7 +144,21 @@ def stage_table(config: Config, stage: str, scored: Scored) -> tuple[pa.Table, d
             "validation": validation,
         }
     )
-    return table, _summary(choices, dropped, validation, chosen, rejected, constants)
+    summary = _summary(choices, dropped, validation, chosen, rejected, constants)
+    if stage == "router":
+        risk = _risk(scored, pairs)
+        table = table.append_column("risk", pa.array(risk, pa.float64()))
+        known = dict(zip((p.prompt for p in pairs), risk, strict=True))
+        for value, name in ((1, "of risk 1"), (0, "of risk 0"), (-1, "of unknown risk")):
+            summary[f"prompts {name}"] = sum(r == value for r in known.values())
+    return table, summary
+
+
+def _risk(scored: Scored, pairs: Sequence[Pair]) -> list[int]:
+    """The risk of each pair's prompt from all pairs of the set; -1 where it is not known."""
+    costs = {key: values["cost"] for key, values in scored.scores.items()}
+    risk = risk_of_prompts(scored.pairs, costs)
+    return [risk.get(pair.prompt, -1) for pair in pairs]
 
 
 def _constants(

@@ -251,11 +251,13 @@ def _train(spec: StageSpec, device: Any, rank: int) -> StageResult:
     from ..training.checkpoint import Checkpoints
     from ..training.engine import trained_state
     from ..training.loop import fit, measure_held_out
-    from ..training.table import ScoreTable, StageTable
+    from ..training.table import RouterTable, ScoreTable, StageTable
 
     config, stage, run = spec.config, spec.stage, Storage(spec.run)
     torch.set_num_threads(max(1, int(config.group(stage).cpus_per_worker)))
     table_kind = ScoreTable if stage in SCORES else StageTable
+    if stage == "router":
+        table_kind = RouterTable
     table = table_kind.load(run / "dual" if stage == "router" else spec.work, "pairs.parquet")
     notice = Storage(spec.notice or spec.run)
     node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else "this one"
@@ -346,7 +348,10 @@ def make_step(config: Config, stage: str, policy: Any, model: Any) -> Any:
     if stage in SCORES:
         return ScoreStep(policy, stage)
     if stage == "router":
-        return RouterStep(policy, model, beta=config.router.beta, prior=config.router.prior)
+        prior = config.router.prior
+        return RouterStep(
+            policy, model, beta=config.router.beta, prior=prior.weight, kind=prior.kind
+        )
     objective = getattr(config.experts, stage).objective
     return ExpertStep(policy, beta=objective.beta, label_smoothing=objective.label_smoothing)
 

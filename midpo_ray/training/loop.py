@@ -262,9 +262,18 @@ class _Feed:
         device, used = self.engine.group.device, rows or of[:1]
         tokens = collate(self.table.documents(used), self.schedule.optim.layout).to(device)
         signals = {name: value.to(device) for name, value in self.table.signals(used).items()}
-        pairs_per_token = len(of) / sum(self.schedule.lengths[i] for i in of)
+        lengths = self.schedule.lengths
+        known = self.table.rows_of_known_risk(of)
         weight = self.engine.group.world / len(of) if rows else 0.0  # ranks are averaged
-        return StepBatch(tokens, signals, pairs_per_token, weight, list(rows))
+        return StepBatch(
+            tokens,
+            signals,
+            pairs_per_token=len(of) / sum(lengths[i] for i in of),
+            pairs_per_known=len(of) / max(1, len(known)),
+            pairs_per_known_token=len(of) / max(1, sum(lengths[i] for i in known)),
+            weight=weight,
+            rows=list(rows),
+        )
 
 
 def _record(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..data.batching import TokenBatch
-from ..objectives import bradley_terry_loss, cost_loss, gate_prior, preference_loss
+from ..objectives import bradley_terry_loss, cost_loss, gate_prior, preference_loss, risk_prior
 
 if TYPE_CHECKING:
     from ..models.routed import RoutedCausalLM
@@ -35,6 +35,8 @@ class StepBatch:
         tokens: the chosen response of pair b is response 2b, the rejected one 2b + 1.
         signals: the table's, each [B]; an expert's: reference_chosen, reference_rejected, ...
         pairs_per_token: pairs of the global batch, divided by its tokens.
+        pairs_per_known, pairs_per_known_token: the same pairs, divided by those whose prompt's
+            risk is known, and by the tokens of these.
         weight: the factor of the loss; 0 where a rank has no pair of its own and computes one only
             because the collectives need every rank.
         rows: the table's rows of this rank; empty with weight 0.
@@ -43,6 +45,8 @@ class StepBatch:
     tokens: TokenBatch
     signals: Mapping[str, Tensor]
     pairs_per_token: float = 0.0
+    pairs_per_known: float = 0.0
+    pairs_per_known_token: float = 0.0
     weight: float = 1.0
     rows: list[int] = field(default_factory=list)
 
@@ -107,26 +111,38 @@ class RouterStep(ExpertStep):
     """The router's: the same on the dual data, plus rho times the gates' prior.
 
     The prior is the mean over layers and real tokens of the *global* batch (ours): a micro-batch
-    adds its own tokens' sum times (pairs / tokens of the global batch), and the loop's division by the
-    pairs leaves sum / tokens, however the batch was split.
+    adds its own tokens' sum times (pairs / tokens of the global batch), and the loop's division by
+    the pairs leaves sum / tokens, however the batch was split. The risk prior is a mean over
+    decisions (with scope ``token``: over tokens) of prompts of known risk, in the same way.
+
+    Args:
+        prior: rho, the weight.
+        kind: "paper" (``gate_prior``), "risk" (``risk_prior``) or "none".
     """
 
-    def __init__(self, policy: Policy, model: RoutedCausalLM, *, beta: float, prior: float) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        model: RoutedCausalLM,
+        *,
+        beta: float,
+        prior: float,
+        kind: str = "paper",
+    ) -> None:
         arrange = getattr(getattr(policy, "module", policy), "arrange", None)
 
         def anchored(tokens: TokenBatch) -> Tensor:
-            tokens = arrange(tokens) if arrange else tokens
-            with model.anchored(tokens) as self.recorded:
-                return policy(tokens)
+            self.tokens = arrange(tokens) if arrange else tokens
+            with model.anchored(self.tokens) as self.recorded:
+                return policy(self.tokens)
 
         super().__init__(anchored, beta=beta)
-        self.model, self.prior = model, prior
+        self.model, self.prior, self.kind = model, prior, kind
 
     def __call__(self, batch: StepBatch) -> tuple[Tensor, MetricSums]:
         loss, metrics = super().__call__(batch)
         safety, helpfulness, mask = self.recorded.gates()
         tokens = metrics["tokens"]
-        prior = gate_prior(safety, helpfulness, mask) * tokens
         with torch.no_grad():
             weight = mask.to(safety.dtype).expand_as(safety)
             share = tokens / weight.sum()
@@ -134,8 +150,30 @@ class RouterStep(ExpertStep):
                 (safety * weight).sum() * share,
                 (helpfulness * weight).sum() * share,
             )
-            metrics["prior"] = prior.detach()
-        return loss + self.prior * batch.pairs_per_token * prior, metrics
+        if self.kind == "risk":
+            term = self._risk_term(batch, safety, helpfulness)
+            metrics["risk_prior"] = term.detach()
+            return loss + self.prior * term, metrics
+        prior = gate_prior(safety, helpfulness, mask) * tokens
+        metrics["prior"] = prior.detach()
+        weight_of_prior = self.prior if self.kind == "paper" else 0.0
+        return loss + weight_of_prior * batch.pairs_per_token * prior, metrics
+
+    def _risk_term(self, batch: StepBatch, safety: Tensor, helpfulness: Tensor) -> Tensor:
+        """The micro-batch's part of the risk prior, times the pairs of the global batch."""
+        documents = self.tokens.document_ids
+        risk = batch.signals["risk"]
+        risk = risk.masked_fill(risk < 0, torch.nan)  # [B]
+        if self.recorded.scope == "token":
+            mask = (documents >= 0).to(risk.dtype)  # [R, T]
+            places, scale = documents.clamp_min(0), batch.pairs_per_known_token
+        else:
+            places = documents.flatten()[self.tokens.anchor_index]  # [G] the pair of each decision
+            mask = 1.0 / torch.bincount(places, minlength=len(risk))[places]
+            scale = batch.pairs_per_known
+        risk = risk[places]
+        known = (mask * ~risk.isnan()).sum()
+        return risk_prior(safety, helpfulness, risk, mask) * known * scale
 
     def untrained(self) -> AbstractContextManager[None]:
         return self.model.force_gates(0.0, 0.0)

@@ -89,10 +89,23 @@ class StageTable:
         columns = self._signals[:, torch.as_tensor(list(indices), dtype=torch.long)]
         return dict(zip(self.names, columns, strict=True))
 
+    def rows_of_known_risk(self, indices: Sequence[int]) -> list[int]:
+        """Those of some rows whose prompt's risk is known; none where the table has no risk."""
+        if "risk" not in self.names:
+            return []
+        risk = self._signals[self.names.index("risk")]
+        return [i for i in indices if risk[i] >= 0]
+
     def lengths(self, layout: str) -> list[int]:
         """Tokens of every pair in a batch; with ``padded`` the prompt counts for each response."""
         prompt, chosen, rejected = (self._tokens[name].lengths for name in TOKENS)
         return ((2 if layout == "padded" else 1) * prompt + chosen + rejected).tolist()
+
+
+class RouterTable(StageTable):
+    """What a router trains on: as an expert's, with the risk of each pair's prompt."""
+
+    names = (*SIGNALS, "risk")  # 1: a response to the prompt is unsafe, 0: none is, -1: not known
 
 
 class ScoreTable(StageTable):
