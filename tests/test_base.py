@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from conftest import REPOSITORY
 
 from midpo_ray.config import Lora, Model, load_config
 from midpo_ray.errors import UserError
@@ -19,6 +20,8 @@ from midpo_ray.models.base import (
     model_fingerprint,
 )
 from midpo_ray.pipeline.prepare import check_models
+from midpo_ray.study.run import study
+from midpo_ray.tuning.sweep import tune
 
 
 def test_loads_frozen_in_the_dtype(tiny_model_dir) -> None:
@@ -175,3 +178,14 @@ def test_two_target_modules_are_refused_before_an_expert_trains(tiny_model_dir) 
     check_models(config, scorers=False, routed=False)
     with pytest.raises(UserError, match=r"lora\.target_modules"):
         check_models(config, scorers=False, routed=True)
+
+
+def test_two_target_modules_are_refused_in_sweeps_and_studies_too(tmp_path) -> None:
+    config = load_config("miniature", ["lora.target_modules=[down_proj, up_proj]"])
+    space = REPOSITORY / "tune_spaces" / "router.yaml"
+    with pytest.raises(UserError, match=r"lora\.target_modules"):
+        tune(str(space), config, "miniature", run_dir=str(tmp_path / "sweep"))
+    overrides = ["lora.target_modules=[down_proj, up_proj]"]
+    with pytest.raises(UserError, match=r"lora\.target_modules"):
+        study("miniature", overrides, run_dir=str(tmp_path / "study"), seeds=[0])
+    assert list(tmp_path.iterdir()) == []

@@ -74,16 +74,22 @@ def check_models(config: Config, scorers: bool = True, routed: bool = True) -> N
 
     load_tokenizer(config.model)
     check_targets(config.model, config.lora)
-    targets = list(config.lora.target_modules)
-    if routed and len(targets) != 1:
-        raise UserError(
-            f"lora.target_modules is {targets}, and a router takes exactly one: name one, or stop "
-            "before the router (--until)"
-        )
+    if routed:
+        check_router_target(config)
     check_length(config.model, config.data.max_length)
     for scorer in (config.scores.reward, config.scores.cost) if scorers else ():
         if scorer and scorer.model:
             describe_scorer(scorer)
+
+
+def check_router_target(config: Config) -> None:
+    """Raise UserError where the experts adapt several modules, before any of them is trained."""
+    targets = list(config.lora.target_modules)
+    if len(targets) != 1:
+        raise UserError(
+            f"lora.target_modules is {targets}, and a router takes exactly one: name one, or stop "
+            "before the router (--until)"
+        )
 
 
 def check_length(model: Model, max_length: int, key: str = "data.max_length") -> None:

@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..evaluation.prompts import MINIATURE, load_sets
 from ..pipeline import cluster
 from ..pipeline.lock import run_lock
+from ..pipeline.prepare import check_router_target
 from ..pipeline.train import LOOK, NOTICE, as_user_error, on_sigterm
 from ..pipeline.watch import STOP, Faults
 from ..storage import Storage
@@ -69,6 +70,9 @@ def study(
         for unit in todo:
             log.info("  %s, seed %d: %s", unit.about, unit.seed, unit.folder)
         return folder
+    for unit in todo:
+        if unit.stage == "router":
+            check_router_target(unit.config)
     if any(unit.kind == "answers" for unit in todo):
         load_sets(wanted.sets)
     failed: dict[str, UserError] = {}

@@ -23,7 +23,7 @@ from ..pipeline import cluster
 from ..pipeline.lock import run_lock
 from ..pipeline.manifest import Manifest
 from ..pipeline.plan import fingerprints
-from ..pipeline.prepare import resolve
+from ..pipeline.prepare import check_router_target, resolve
 from ..pipeline.run import cache_folder, run
 from ..pipeline.watch import STOP
 from ..storage import Storage
@@ -77,6 +77,8 @@ def tune(
     Manifest(folder).refuse_other(config)
     parts = fingerprints(fixed)
     is_router = "router" in space.stages
+    if is_router:
+        check_router_target(fixed)
     inputs = ("score", "safety", "helpfulness") if is_router else ("score",)
     key = digest([parts[stage] for stage in inputs], fixed.deepspeed)
     methods = (fixed.lora, fixed.experts, fixed.router)
