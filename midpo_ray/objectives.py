@@ -15,9 +15,9 @@ Everything is one loss (B pairs, log-probabilities in nats, summed over a respon
 
 Score models have losses of their own: bradley_terry_loss and cost_loss.
 
-Sources: DPO, arXiv 2305.18290, eq. 7; MidPO (SPE-DPO), arXiv 2506.02460; B-DPO, arXiv 2603.22829; MODPO, arXiv 2310.03708;
-Safe RLHF (score models), arXiv 2310.12773; cDPO's label smoothing, as in DPO's follow-up note. "(ours)" marks a choice that the
-papers leave open.
+Sources: DPO, arXiv 2305.18290, eq. 7; MidPO (SPE-DPO), arXiv 2506.02460; B-DPO, arXiv 2603.22829;
+MODPO, arXiv 2310.03708; Safe RLHF (score models), arXiv 2310.12773; cDPO's label smoothing, as in
+DPO's follow-up note. "(ours)" marks a choice that the papers leave open.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def preference_loss(
     """Loss of each pair, [B]. DPO (arXiv 2305.18290, eq. 7) where nothing optional is given.
 
     Args:
-        policy_chosen, policy_rejected, reference_chosen, reference_rejected: [B], nats, summed over the response.
+        policy_chosen, policy_rejected, reference_chosen, reference_rejected: [B], nats, summed
+            over the response.
         beta: DPO's inverse temperature.
         margin: [B], what h must exceed; already multiplied by lambda (MidPO's SPE-DPO, MODPO).
         weights: (w_chosen, w_rejected), each [B] or a number, on the two log-ratios (B-DPO, MODPO).
@@ -65,11 +66,11 @@ def preference_loss(
 def homogeneous_margin(
     chosen_score: Tensor, rejected_score: Tensor, *, lower_is_better: bool = False
 ) -> Tensor:
-    """SPE-DPO's margin, [B], >= 0: how much better the pair's own reward model finds the chosen response.
+    """SPE-DPO's margin, [B], >= 0: how far its own reward model prefers the chosen response.
 
-    The scores come from the model of the same preference that the pair is labelled for: the helpfulness reward, or the safety
-    cost with ``lower_is_better``. Where that model disagrees with the label the margin is 0, which is plain DPO
-    (MidPO, arXiv 2506.02460, appendix B.2).
+    The scores come from the model of the same preference that the pair is labelled for: the
+    helpfulness reward, or the safety cost with ``lower_is_better``. Where that model disagrees with
+    the label the margin is 0, which is plain DPO (MidPO, arXiv 2506.02460, appendix B.2).
     """
     difference = rejected_score - chosen_score if lower_is_better else chosen_score - rejected_score
     return difference.clamp_min(0.0)
@@ -80,8 +81,9 @@ def modpo_margin(
 ) -> tuple[float, Tensor]:
     """MODPO's (factor on both log-ratios, margin [B]); arXiv 2310.03708, eq. 12.
 
-    ``weight`` k in (0, 1] is the share of the preference that the pairs are labelled for; the scores are the *other* objective's
-    reward, higher is better. The margin is signed, and subtracted like every margin. k = 1 is DPO.
+    ``weight`` k in (0, 1] is the share of the preference that the pairs are labelled for; the
+    scores are the *other* objective's reward, higher is better. The margin is signed, and
+    subtracted like every margin. k = 1 is DPO.
     """
     if not 0.0 < weight <= 1.0:
         raise ValueError(f"modpo_margin: weight is {weight}, allowed is 0 < weight <= 1")
@@ -91,9 +93,10 @@ def modpo_margin(
 def pointwise_mutual_information(
     conditional_logp: Tensor, unconditional_logp: Tensor, length: Tensor | None = None
 ) -> Tensor:
-    """Pointwise mutual information between prompt and response under the reference, [B] (B-DPO, arXiv 2603.22829).
+    """Pointwise mutual information between prompt and response under the reference, [B].
 
-    Nats per token where ``length`` ([B], the response's tokens) is given, total nats where it is not (the choice is ours).
+    B-DPO, arXiv 2603.22829. Nats per token where ``length`` ([B], the response's tokens) is given,
+    total nats where it is not (the choice is ours).
     ``unconditional_logp`` scores the same tokens behind an empty prompt.
     """
     information = conditional_logp - unconditional_logp
@@ -103,9 +106,10 @@ def pointwise_mutual_information(
 def balance_weights(
     information_chosen: Tensor, information_rejected: Tensor, *, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """B-DPO's (w_chosen, w_rejected), each [B], summing to 2: the better-understood response is optimised less.
+    """B-DPO's (w_chosen, w_rejected), each [B], with the sum 2.
 
-    2 softmax(-I/temperature) over the two responses (arXiv 2603.22829); an infinite temperature gives (1, 1), that is DPO.
+    The response that is understood better is optimised less: 2 softmax(-I/temperature) over the two
+    responses (arXiv 2603.22829). An infinite temperature gives (1, 1), that is DPO.
     Constants of the reference model: no gradient flows through them.
     """
     if not temperature > 0.0:
@@ -117,7 +121,8 @@ def balance_weights(
 def gradient_scale(w_chosen: Tensor, w_rejected: Tensor, *, rule: str) -> Tensor:
     """B-DPO's scaling factor s, [B]; the three rules are ours, the paper names the factor only.
 
-    none: 1. gradient_norm: sqrt(2 / (w_c^2 + w_r^2)), so that the coefficients on the two gradients keep DPO's l2 norm.
+    none: 1. gradient_norm: sqrt(2 / (w_c^2 + w_r^2)), so that the coefficients on the two gradients
+    keep DPO's l2 norm.
     imbalance: min(w) / max(w), so that the least balanced pairs weigh least.
     """
     w_chosen, w_rejected = w_chosen.detach(), w_rejected.detach()
@@ -133,9 +138,9 @@ def gradient_scale(w_chosen: Tensor, w_rejected: Tensor, *, rule: str) -> Tensor
 
 
 def bradley_terry_loss(chosen_score: Tensor, rejected_score: Tensor) -> Tensor:
-    """-log sigmoid(chosen - rejected) of each pair, [B]: a reward model's loss (Safe RLHF, arXiv 2310.12773, eq. 5 to 7).
+    """-log sigmoid(chosen - rejected) of each pair, [B]: a reward model's loss.
 
-    Scores [B], higher is better.
+    Scores [B], higher is better (Safe RLHF, arXiv 2310.12773, eq. 5 to 7).
     """
     return -F.logsigmoid(chosen_score - rejected_score)
 
@@ -143,12 +148,14 @@ def bradley_terry_loss(chosen_score: Tensor, rejected_score: Tensor) -> Tensor:
 def cost_loss(
     safer_cost: Tensor, other_cost: Tensor, safer_sign: Tensor, other_sign: Tensor
 ) -> Tensor:
-    """A cost model's loss of each pair, [B]: Bradley-Terry, and the sign of each cost (Safe RLHF, arXiv 2310.12773, eq. 5 to 7).
+    """A cost model's loss of each pair, [B]: Bradley-Terry, and the sign of each cost.
+
+    Safe RLHF, arXiv 2310.12773, eq. 5 to 7.
 
     Args:
         safer_cost, other_cost: [B], lower is safer.
-        safer_sign, other_sign: [B], +1 where the response is unsafe (c > 0 is wanted), -1 where it is safe (c < 0), and 0 where
-            nobody said: no term (ours).
+        safer_sign, other_sign: [B], +1 where the response is unsafe (c > 0 is wanted), -1 where it
+            is safe (c < 0), and 0 where it has no label: no term (ours).
     """
     order = bradley_terry_loss(other_cost, safer_cost)
     of_safer, of_other = (
@@ -159,11 +166,15 @@ def cost_loss(
 
 
 def gate_prior(safety_gate: Tensor, helpfulness_gate: Tensor, mask: Tensor) -> Tensor:
-    """Mean over real positions of g_s + 1 - g_h, a scalar: "helpful unless needed otherwise" (MidPO's |g_s| + |1 - g_h|).
+    """Mean over real positions of g_s + 1 - g_h, a scalar (MidPO's |g_s| + |1 - g_h|).
+
+    It means "helpful unless needed otherwise".
 
     Args:
-        safety_gate, helpfulness_gate: gates in (0, 1), any shape whose trailing dimensions are the mask's ([L, R, T] say).
-        mask: 1 where a position is real, 0 where it is padding; broadcast over the leading dimensions.
+        safety_gate, helpfulness_gate: gates in (0, 1), of any shape whose trailing dimensions are
+            those of the mask, for example [L, R, T].
+        mask: 1 where a position is real, 0 where it is padding; broadcast over the leading
+            dimensions.
     """
     mask = mask.to(safety_gate.dtype).expand_as(safety_gate)
     return ((safety_gate + 1.0 - helpfulness_gate) * mask).sum() / mask.sum().clamp_min(1.0)
