@@ -15,12 +15,9 @@ Input that is too long loses its end, except for PKU's final EOS (ours). R rows,
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
@@ -37,6 +34,7 @@ from ..data.tokens import (
 )
 from ..errors import UserError
 from ..user_code import load_function
+from .pku import ScoreModel, load_weights, source_of
 from .selfcheck import tolerance
 
 log = logging.getLogger(__name__)
@@ -163,17 +161,13 @@ def describe_scorer(scorer: Scorer) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoTokenizer  # heavy, and not needed for functions
 
     try:
-        config = AutoConfig.from_pretrained(scorer.model, **_source(scorer))
-        return config, AutoTokenizer.from_pretrained(scorer.model, **_source(scorer))
+        config = AutoConfig.from_pretrained(scorer.model, **source_of(scorer))
+        return config, AutoTokenizer.from_pretrained(scorer.model, **source_of(scorer))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"scorer {scorer.model}: no model with a tokenizer is found there ({reason})"
         ) from None
-
-
-def _source(scorer: Scorer) -> dict[str, Any]:
-    return {"revision": scorer.revision, "trust_remote_code": scorer.trust_remote_code}
 
 
 class _ModelScorer:
@@ -318,96 +312,4 @@ def _load_classifier(scorer: Scorer, config: Any) -> nn.Module:
             f"scorer {scorer.model}: a classifier of {config.num_labels} labels, one label is "
             "expected"
         )
-    return _load_weights(AutoModelForSequenceClassification, scorer, config)
-
-
-def _load_weights(auto: Any, scorer: Scorer, config: Any) -> nn.Module:
-    dtype = scorer.dtype if scorer.dtype == "auto" else getattr(torch, scorer.dtype)
-    options = {"config": config, "dtype": dtype, "use_safetensors": True, **_source(scorer)}
-    try:
-        model: nn.Module = auto.from_pretrained(scorer.model, **options)
-    except OSError as error:
-        raise UserError(f"scorer {scorer.model}: {str(error).strip().splitlines()[0]}") from None
-    return model
-
-
-class ScoreModel(nn.Module):
-    """PKU's score model: input_ids and attention_mask [R, T] -> [R] at each row's last token."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, scorer: Scorer, config: Any) -> None:
-        from transformers import AutoModel
-
-        super().__init__()
-        head = _head_tensors(scorer)
-        self.config, self.backbone = config, _load_weights(AutoModel, scorer, config)
-        weight = head.get("score_head.weight")
-        if weight is None or tuple(weight.shape) != (1, config.hidden_size):
-            state = "is missing" if weight is None else f"is {tuple(weight.shape)}"
-            raise UserError(
-                f"scorer {scorer.model}: score_head.weight {state}, (1, {config.hidden_size}) is "
-                "expected"
-            )
-        self.score_head = nn.Linear(config.hidden_size, 1)
-        with torch.no_grad():
-            self.score_head.weight.copy_(weight)
-            self.score_head.bias.copy_(head.get("score_head.bias", torch.zeros(1)))
-        self.normalize = bool(getattr(config, "do_normalize", False))
-        is_reward = getattr(config, "score_type", "reward") == "reward"
-        mean = _statistic(head, config, "mean", 0.0) if is_reward else torch.zeros(1)
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", _statistic(head, config, "var", 1.0).sqrt() + 1e-8)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = self.backbone(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
-        last = hidden[torch.arange(len(hidden), device=hidden.device), attention_mask.sum(-1) - 1]
-        # float32 whatever the backbone's dtype (ours): bfloat16 scores are coarse
-        score: Tensor = self.score_head(last.float()).squeeze(-1)
-        return (score - self.mean) / self.std if self.normalize else score
-
-
-def _statistic(head: dict[str, Tensor], config: Any, name: str, default: float) -> Tensor:
-    """[1], the checkpoint's, else the configuration's."""
-    value = head.get(f"normalizer.{name}")
-    if value is None:
-        value = torch.as_tensor(getattr(config, name, None) or [default])
-    return value.float().reshape(1)
-
-
-def _head_tensors(scorer: Scorer) -> dict[str, Tensor]:
-    """score_head.* and normalizer.* of a checkpoint of one or several safetensors files."""
-    from safetensors import safe_open
-    from transformers.utils import cached_file
-
-    def find(name: str) -> str | None:
-        return cached_file(
-            scorer.model,
-            name,
-            revision=scorer.revision,
-            _raise_exceptions_for_missing_entries=False,
-        )
-
-    prefixes = ("score_head.", "normalizer.")
-    names = {"model.safetensors"}
-    index = find("model.safetensors.index.json")
-    if index:
-        files = json.loads(Path(index).read_text("utf-8"))["weight_map"]
-        names = {file for key, file in files.items() if key.startswith(prefixes)}
-    tensors: dict[str, Tensor] = {}
-    with ExitStack() as opened:
-        for name in names:
-            path = find(name)
-            if path is None:
-                raise UserError(
-                    f"scorer {scorer.model}: {name} is missing; a score model in safetensors is "
-                    "expected, no pickle is read"
-                )
-            file = opened.enter_context(safe_open(path, framework="pt"))
-            for key in file.keys():  # noqa: SIM118 - safe_open is not iterable
-                if key.startswith(prefixes):
-                    tensors[key] = file.get_tensor(key)
-    return tensors
+    return load_weights(AutoModelForSequenceClassification, scorer, config)

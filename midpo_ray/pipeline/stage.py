@@ -255,9 +255,8 @@ def _train(spec: StageSpec, device: Any, rank: int) -> StageResult:
 
     config, stage, run = spec.config, spec.stage, Storage(spec.run)
     torch.set_num_threads(max(1, int(config.group(stage).cpus_per_worker)))
-    table_kind = ScoreTable if stage in SCORES else StageTable
-    if stage == "router":
-        table_kind = RouterTable
+    kinds = {"router": RouterTable, **dict.fromkeys(SCORES, ScoreTable)}
+    table_kind = kinds.get(stage, StageTable)
     table = table_kind.load(run / "dual" if stage == "router" else spec.work, "pairs.parquet")
     notice = Storage(spec.notice or spec.run)
     node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else "this one"
