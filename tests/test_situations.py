@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import smallworld
 
-from midpo_ray.errors import MachineError
+from midpo_ray.errors import MachineError, UserError
 from midpo_ray.pipeline import cluster
 
 PROBE = """
@@ -125,3 +126,14 @@ def test_a_failing_machine_is_one_line_and_exit_code_1(monkeypatch, capsys) -> N
     monkeypatch.setattr("midpo_ray.pipeline.run.run", fail)
     assert cli.main(["run", "miniature"]) == 1
     assert capsys.readouterr().err == "midpo: Ray does not start on this machine (why)\n"
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "no-such-host.invalid:1"])
+def test_an_address_where_nothing_listens_is_one_line_at_once(address: str, monkeypatch) -> None:
+    began = time.monotonic()
+    with pytest.raises(UserError, match="127.0.0.1:1|no-such-host.invalid:1"):
+        cluster.connect(address)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match="127.0.0.1:1|no-such-host.invalid:1"):
+        cluster.connect("auto")
+    assert time.monotonic() - began < 60

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
+_ANSWER = 10.0  # seconds for a cluster to accept a connection
 RETURN = 60.0  # seconds that a lost node may take to return, also where resources_timeout is less
 WORKER_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false"}
 QUIET_ENVIRONMENT = {
@@ -178,9 +180,23 @@ def connect(address: str | None) -> Any:
     }
     if local:
         return _start(options)
+    _check_that_it_answers(os.environ.get("RAY_ADDRESS", "") if address == "auto" else address)
     try:
         return ray.init(address=address, **options)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise UserError(
+            f"--address {address}: no Ray cluster answers there ({_first_line(error)})"
+        ) from None
+
+
+def _check_that_it_answers(address: str | None) -> None:
+    """Raise UserError where nothing listens at host:port: Ray itself would try for minutes."""
+    host, _, port = (address or "").rpartition("://")[2].rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER).close()
+    except (OSError, OverflowError) as error:
         raise UserError(
             f"--address {address}: no Ray cluster answers there ({_first_line(error)})"
         ) from None
