@@ -131,9 +131,9 @@ def test_a_failing_machine_is_one_line_and_exit_code_1(monkeypatch, capsys) -> N
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "no-such-host.invalid:1"])
 def test_an_address_where_nothing_listens_is_one_line_at_once(address: str, monkeypatch) -> None:
     began = time.monotonic()
-    with pytest.raises(UserError, match="127.0.0.1:1|no-such-host.invalid:1"):
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:1|no-such-host\.invalid:1"):
         cluster.connect(address)
     monkeypatch.setenv("RAY_ADDRESS", address)
-    with pytest.raises(UserError, match="127.0.0.1:1|no-such-host.invalid:1"):
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:1|no-such-host\.invalid:1"):
         cluster.connect("auto")
     assert time.monotonic() - began < 60
