@@ -23,6 +23,7 @@ from training_world import LORA, OPTIM, expert, llama, table
 from midpo_ray import config
 from midpo_ray.errors import UserError
 from midpo_ray.models import ResponseLogProbs, RoutedCausalLM, add_lora, load_base, route
+from midpo_ray.pipeline.train import on_sigterm
 from midpo_ray.storage import Storage
 from midpo_ray.training.checkpoint import Checkpoints, name_of
 from midpo_ray.training.engine import (
@@ -33,7 +34,7 @@ from midpo_ray.training.engine import (
     prepare,
     trained_state,
 )
-from midpo_ray.training.loop import FitResult, fit, stop_on_sigterm
+from midpo_ray.training.loop import FitResult, fit
 from midpo_ray.training.metrics import MetricsLog, lines_until, means
 from midpo_ray.training.schedule import BatchSchedule, Due, due, learning_rate, step_seed
 from midpo_ray.training.steps import ExpertStep, RouterStep
@@ -200,16 +201,13 @@ def test_dropout_s_random_numbers_are_resumed(tmp_path):
 
 def test_sigterm_leaves_a_checkpoint_and_the_same_command_goes_on(tmp_path, undisturbed):
     folder, state = undisturbed
-    before = signal.getsignal(signal.SIGTERM)
 
     def notice(now: int, name: str) -> None:
         if (now, name) == (5, "train"):
             signal.raise_signal(signal.SIGTERM)
 
-    try:
-        stopped = run(one(), tmp_path, heartbeat=notice, should_stop=stop_on_sigterm())
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with on_sigterm() as noticed:
+        stopped = run(one(), tmp_path, heartbeat=notice, should_stop=noticed.is_set)
     assert stopped == FitResult(5, TOTAL, 0)
     assert not stopped.finished
     engine = one()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -231,13 +229,6 @@ def measure_held_out(
     if not len(held_out):
         raise UserError("no pair is held out to measure on: set data.validation")
     return means(validate(engine, step, held_out, optim, partial(heartbeat, 0, "measure")))
-
-
-def stop_on_sigterm() -> Callable[[], bool]:
-    """A ``should_stop`` that is true after SIGTERM. Only in a process's main thread."""
-    asked = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    return asked.is_set
 
 
 class _Feed:
